@@ -1,0 +1,125 @@
+"""Ternary checkpoints: a folder of `config.json` and safetensors, loaded without ever holding the full weights.
+
+`config.json` is the FluxTransformer2DModel's own configuration plus the key `bitflux`: format version, quantization
+method, provenance, and the SHA-256 of every tensor file. For a block linear `name` the tensors are `name.packed`
+(uint8 [N, J], kernels/packing.py), `name.scale` (float32 [N]) and `name.bias`; all others keep diffusers' names.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from huggingface_hub import save_torch_state_dict
+
+from bitflux_core.errors import UserError
+from bitflux_core.files import file_digest, fingerprint, read_json
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import Execution, TernaryLinear
+from bitflux_core.tensor_files import REMEDY, read_tensors
+from kernels.reference import Activations
+
+__all__ = ["empty_transformer", "fingerprint", "load_ternary", "save_ternary"]
+
+FORMAT_VERSION = 1
+FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+def save_ternary(
+    transformer: FluxTransformer2DModel,
+    directory: Path | str,
+    provenance: dict,
+    *,
+    method: str,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a transformer whose block linears are all ternary; biases and everything outside the blocks in `dtype`.
+
+    `provenance` (JSON-able) says where the weights come from. `config.json` is written last, so a folder that a killed
+    process left behind does not load. UserError if `directory` has anything in it.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is in use: name a new or an empty folder for the ternary checkpoint")
+    exact = _exact_tensors(transformer)
+    tensors = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in transformer.state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, directory, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size)
+
+    config = json.loads(transformer.to_json_string())
+    config.pop("_name_or_path", None)  # a path of the machine that made it
+    config["bitflux"] = {
+        "format_version": FORMAT_VERSION,
+        "method": method,
+        "provenance": provenance,
+        "files": {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))},
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_ternary(
+    directory: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    activations: Activations = "native",
+    execution: Execution = "kernel",
+) -> FluxTransformer2DModel:
+    """The transformer of a ternary checkpoint, frozen, in eval mode; all but codes and scales in `dtype`.
+
+    The model is built on the meta device and takes its tensors straight from the files: codes stay packed. UserError
+    where the folder is no ternary checkpoint of this format, or a file or tensor in it is missing, damaged or misfit.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
+    files = _take_header(config, directory)["files"]
+    try:
+        model = empty_transformer(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory}/config.json describes no FLUX transformer ({error}): {REMEDY}") from error
+    with torch.device("meta"):
+        for name, linear in block_linears(model).items():
+            has_bias = linear.bias is not None
+            layer = TernaryLinear(linear.in_features, linear.out_features, has_bias, activations, execution)
+            model.set_submodule(name, layer)
+
+    expected, exact = model.state_dict(), _exact_tensors(model)
+    loaded = {}
+    for file_name, digest in files.items():
+        for name, tensor in read_tensors(directory / file_name, digest, expected, exact, torch.device(device)):
+            loaded[name] = tensor if name in exact else tensor.to(dtype)
+    missing = sorted(expected.keys() - loaded.keys())
+    if missing:
+        raise UserError(f"{directory} lacks tensor {missing[0]} and {len(missing) - 1} more: {REMEDY}")
+    model.load_state_dict(loaded, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def empty_transformer(config: dict) -> FluxTransformer2DModel:
+    """A full-precision transformer of this configuration on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
+
+
+def _take_header(config: dict, directory: Path) -> dict:
+    """Takes BitFlux's part out of `config`."""
+    header = config.pop("bitflux", None)
+    if not isinstance(header, dict):
+        raise UserError(f"{directory} is no ternary checkpoint (no `bitflux` in config.json): quantize the model first")
+    version = header.get("format_version")
+    if version != FORMAT_VERSION or not isinstance(header.get("files"), dict):
+        raise UserError(
+            f"{directory} has checkpoint format {version}, this BitFlux reads {FORMAT_VERSION}: "
+            "update BitFlux or make the checkpoint again"
+        )
+    return header
+
+
+def _exact_tensors(transformer: FluxTransformer2DModel) -> set[str]:
+    """Names of the packed codes and the scales, which keep their type whatever the model's."""
+    layers = block_linears(transformer)
+    dense = [name for name, layer in layers.items() if not isinstance(layer, TernaryLinear)]
+    if dense:
+        raise ValueError(f"{dense[0]} and {len(dense) - 1} more block linears are not ternary")
+    return {f"{name}.{part}" for name in layers for part in ("packed", "scale")}

@@ -1,0 +1,279 @@
+"""Image-free self-distillation: a ternary student learns its teacher's velocity on the sampler's own trajectories.
+
+No image is used (1.58-bit FLUX, Yang et al. 2024: "self-supervision from FLUX.1-dev"): states start as noise and are
+carried along by Euler steps, most by the teacher, later many by the student itself, whose mistakes it then learns to
+mend. Every slot of the batch stands at its own step of the trajectory, so each update sees all noise levels.
+
+Legend: B slots, P prompts, T text tokens, D text width, L image tokens, C packed latent channels, N rows, K columns.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitflux_core.convert import replace_linear
+from bitflux_core.layers import BLOCKS, block_linears
+from bitflux_core.optimizers import Muon
+from bitflux_core.ternary import TernaryWeight, least_squares
+from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
+
+ENCODE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How long and how fast. Latent weights are in units of their row's scale, so one rate fits every layer."""
+
+    steps: int
+    batch: int
+    sampler_steps: int
+    guidance: float
+    latent_lr: float = 2e-3
+    scale_lr: float = 1e-3
+    other_lr: float = 5e-4
+    optimizer: str = "adam"  # of the latent weights: adam | muon
+    feature_weight: float = 0.1  # of the blocks' relative errors beside the velocity's
+    own_states: float = 0.5  # share of the slots that the student carries along itself, reached after a third
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Encoded calibration prompts and the places of the tokens: prompt_embeds_PTD, pooled_PD, image_ids_L3."""
+
+    prompt_embeds_PTD: Tensor
+    pooled_PD: Tensor
+    image_ids_L3: Tensor
+
+
+@torch.no_grad()
+def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens: int, side: int) -> Conditions:
+    """Encodes calibration prompts on the pipeline's device; images are `side` tokens high and wide."""
+    distinct = list(dict.fromkeys(prompts))
+    embeds, pooled = [], []
+    for start in range(0, len(distinct), ENCODE_BATCH):
+        part = distinct[start : start + ENCODE_BATCH]
+        embeds_BTD, pooled_BD, _ = pipeline.encode_prompt(part, max_sequence_length=tokens)
+        embeds.append(embeds_BTD)
+        pooled.append(pooled_BD)
+    place = {prompt: index for index, prompt in enumerate(distinct)}
+    row_P = torch.tensor([place[prompt] for prompt in prompts])
+    image_ids_L3 = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
+    return Conditions(
+        torch.cat(embeds)[row_P.to(embeds[0].device)], torch.cat(pooled)[row_P.to(pooled[0].device)], image_ids_L3
+    )
+
+
+class LatentTernaryLinear(nn.Module):
+    """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        ternary = least_squares(linear.weight)
+        scale_N = ternary.scale_N.clamp(min=1e-8)
+        self.latent = nn.Parameter(linear.weight.detach().float() / scale_N[:, None])
+        self.log_scale = nn.Parameter(scale_N.log())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+
+    def codes(self) -> Tensor:
+        """[N, K] in {-1, 0, +1}, as floats."""
+        return self.latent.round().clamp(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes_NK = self.latent + (self.codes() - self.latent).detach()
+        return F.linear(x, codes_NK * self.log_scale.exp()[:, None], self.bias)
+
+    def ternary(self) -> TernaryWeight:
+        return TernaryWeight(self.codes().detach().to(torch.int8), self.log_scale.detach().exp())
+
+
+def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A float32 copy of the teacher whose block linears are latent ternary, started at least squares."""
+    student = copy.deepcopy(teacher).float()
+    for name, linear in block_linears(student).items():
+        student.set_submodule(name, LatentTernaryLinear(linear))
+    return student.train().requires_grad_(True)
+
+
+def finish_student(student: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The trained student with packed TernaryLinear layers, on the CPU, ready for save_ternary."""
+    result = copy.deepcopy(student).cpu().eval().requires_grad_(False)
+    for name, layer in list(result.named_modules()):
+        if isinstance(layer, LatentTernaryLinear):
+            replace_linear(result, name, layer.ternary())
+    return result
+
+
+class BlockFeatures:
+    """Collects the image tokens that every block hands on."""
+
+    def __init__(self, transformer: FluxTransformer2DModel):
+        self.outputs: list[Tensor] = []
+        for block in _blocks(transformer):
+            block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output[1]))
+
+    def take(self) -> list[Tensor]:
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+
+class Distiller:
+    """Teacher and student on one device, the batch of states between noise and image, and the captured update."""
+
+    def __init__(
+        self,
+        teacher: FluxTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        conditions: Conditions,
+        settings: DistillSettings,
+        device: torch.device,
+    ):
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, device
+        self.teacher = copy.deepcopy(teacher).to(device).float().eval().requires_grad_(False)
+        self.student = make_student(self.teacher).to(device)
+        self.start_codes = [layer.codes().to(torch.int8) for layer in self._latent_layers()]
+        self.features = [BlockFeatures(self.teacher), BlockFeatures(self.student)]
+        if device.type == "cuda":
+            for block in (*_blocks(self.teacher), *_blocks(self.student)):
+                block.forward = torch.compile(block.forward)  # inside the hooks, unlike block.compile()
+
+        self.embeds_PTD = conditions.prompt_embeds_PTD.to(device)
+        self.pooled_PD = conditions.pooled_PD.to(device)
+        self.image_ids_L3 = conditions.image_ids_L3.to(device)
+        self.text_ids_T3 = torch.zeros(self.embeds_PTD.shape[1], 3, device=device)
+        self.sigmas = _sampler_sigmas(scheduler, settings.sampler_steps, len(self.image_ids_L3), device)
+        batch, tokens, channels = settings.batch, len(self.image_ids_L3), teacher.config.in_channels
+        self.x_BLC = torch.randn(batch, tokens, channels, device=device)
+        self.step_B = torch.randint(settings.sampler_steps, (batch,), device=device)
+        self.prompt_B = torch.randint(len(self.embeds_PTD), (batch,), device=device)
+        self.guidance_B = torch.full((batch,), settings.guidance, device=device)
+        self.slot_B = torch.arange(batch, device=device)
+        self.own_slots = torch.zeros((), device=device)
+        self.velocity_error, self.loss_mean = RunningMean(device), RunningMean(device)
+
+        latents, scales, others = self._parameter_groups()
+        self.gradients = FlatGradients([*latents, *scales, *others])
+        self.rates = [torch.zeros((), device=device) for _ in range(3)]
+        self.muon = Muon(latents if settings.optimizer == "muon" else [], self.rates[0])
+        groups = [
+            {"params": parameters, "lr": rate}
+            for parameters, rate in zip(([] if self.muon.groups else latents, scales, others), self.rates, strict=True)
+            if parameters
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda")
+        self.update = capture(self._update, device)
+
+    def run(self) -> FluxTransformer2DModel:
+        """Trains for the settings' steps and returns the finished ternary transformer, on the CPU."""
+        settings = self.settings
+        progress = Progress("distill", settings.steps)
+        for step in range(settings.steps):
+            factor = warmup_then_cosine(step, settings.steps)
+            for rate, base in zip(self.rates, (settings.latent_lr, settings.scale_lr, settings.other_lr), strict=True):
+                rate.fill_(base * factor)
+            self.own_slots.fill_(settings.own_states * settings.batch * min(1.0, 3 * step / settings.steps))
+            self.update()
+            progress.report(step, self.loss_mean.mean)
+        print(
+            f"distill: relative velocity error {self.velocity_error.mean.item():.5f}, "
+            f"{self.codes_flipped():.1%} of the codes flipped",
+            flush=True,
+        )
+        return finish_student(self.student)
+
+    def codes_flipped(self) -> float:
+        """Share of the codes that differ from the start."""
+        pairs = list(zip(self.start_codes, self._latent_layers(), strict=True))
+        flipped = sum((start != layer.codes()).sum().item() for start, layer in pairs)
+        return flipped / sum(start.numel() for start, _ in pairs)
+
+    def _update(self) -> None:
+        sigma_B = self.sigmas[self.step_B]
+        inputs = {
+            "hidden_states": self.x_BLC,
+            "timestep": sigma_B,
+            "guidance": self.guidance_B,
+            "encoder_hidden_states": self.embeds_PTD[self.prompt_B].float(),
+            "pooled_projections": self.pooled_PD[self.prompt_B].float(),
+            "txt_ids": self.text_ids_T3,
+            "img_ids": self.image_ids_L3,
+            "return_dict": False,
+        }
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            with torch.no_grad():
+                target_BLC = self.teacher(**inputs)[0].float()
+            velocity_BLC = self.student(**inputs)[0].float()
+        error = relative_error(velocity_BLC, target_BLC)
+        theirs, mine = (features.take() for features in self.features)
+        feature_error = torch.stack([relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]).mean()
+        loss = error + self.settings.feature_weight * feature_error
+        self.gradients.zero()
+        loss.backward()
+        self.gradients.clip(1.0)
+        self.muon.step()
+        self.adam.step()
+        self.velocity_error.add(error)
+        self.loss_mean.add(loss)
+        self._advance(target_BLC, velocity_BLC.detach(), sigma_B)
+
+    @torch.no_grad()
+    def _advance(self, target_BLC: Tensor, velocity_BLC: Tensor, sigma_B: Tensor) -> None:
+        """One Euler step for every slot; a slot that reached its image starts over from new noise with a new prompt."""
+        own_B = self.slot_B < self.own_slots
+        chosen_BLC = torch.where(own_B[:, None, None], velocity_BLC, target_BLC)
+        next_BLC = self.x_BLC + (self.sigmas[self.step_B + 1] - sigma_B)[:, None, None] * chosen_BLC
+        done_B = self.step_B + 1 == self.settings.sampler_steps
+        self.x_BLC.copy_(torch.where(done_B[:, None, None], torch.randn_like(next_BLC), next_BLC))
+        fresh_B = torch.randint(len(self.embeds_PTD), self.prompt_B.shape, device=self.device)
+        self.prompt_B.copy_(torch.where(done_B, fresh_B, self.prompt_B))
+        self.step_B.copy_(torch.where(done_B, 0, self.step_B + 1))
+
+    def _latent_layers(self) -> Iterator[LatentTernaryLinear]:
+        return (module for module in self.student.modules() if isinstance(module, LatentTernaryLinear))
+
+    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        layers = list(self._latent_layers())
+        latents, scales = [layer.latent for layer in layers], [layer.log_scale for layer in layers]
+        taken = {id(p) for p in latents + scales}
+        return latents, scales, [p for p in self.student.parameters() if id(p) not in taken]
+
+
+def relative_error(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Squared error over the target's mean square, a scalar."""
+    theirs = theirs.detach().float()
+    return (mine.float() - theirs).square().mean() / theirs.square().mean().clamp(min=1e-8)
+
+
+def _blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
+    return [block for blocks in BLOCKS for block in getattr(transformer, blocks)]
+
+
+def _sampler_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int, device: torch.device
+) -> Tensor:
+    """The noise levels [steps + 1] that FluxPipeline walks: from 1 down to 0."""
+    scheduler = copy.deepcopy(scheduler)
+    config = scheduler.config
+    mu = None
+    if config.use_dynamic_shifting:
+        mu = calculate_shift(
+            image_tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    sigmas = scheduler.sigmas.to(device, torch.float32)
+    if len(sigmas) != steps + 1 or not math.isclose(sigmas[-1].item(), 0.0):
+        raise ValueError(f"the scheduler gives {len(sigmas)} noise levels for {steps} steps")
+    return sigmas

@@ -1,0 +1,1 @@
+"""The embedded mini FLUX: its world, its models, its training."""

@@ -1,0 +1,101 @@
+"""Trains the mini CLIP contrastively: objects alone on grey with GenEval's colour captions, and whole scenes with prompts."""
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
+from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
+from bitflux_core.mini.train_detector import wear
+from bitflux_core.mini.world import PALETTE, SHAPES, article, training_prompts
+from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
+
+LEARNING_RATE = 1e-3
+GREY = 0.6  # GenEval's #999 outside the mask
+CAPTIONS = ("a photo of {a} {color} {shape}", "a photo of {a} {color}-colored {shape}", "a photo of {a} {color} object")
+
+
+def color_captions() -> list[str]:
+    """Captions [color * 24 + shape * 3 + template] of every palette colour and shape, in GenEval's three wordings."""
+    return [
+        caption.format(a=article(color).split()[0], color=color, shape=shape)
+        for color in PALETTE
+        for shape in SHAPES
+        for caption in CAPTIONS
+    ]
+
+
+def train_clip(
+    model: open_clip.CLIP,
+    tokenizer: open_clip.tokenizer.HFTokenizer,
+    *,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Trains `model` in place; half of a batch are masked object crops, half are whole scenes."""
+    specs, weights = training_prompts()
+    table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
+    captions = color_captions()
+    tokens = tokenizer(captions + [spec.text for spec in specs]).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    progress, loss_mean = Progress("clip", steps), RunningMean(device)
+    half = batch // 2
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+        index = torch.multinomial(probability, batch, replacement=True, generator=generator)
+        scenes = sample_scenes(table, index, generator)
+        crops = Scenes(*(part[:half] for part in vars(scenes).values()))
+        crops.colors_BO = torch.randint(len(PALETTE), crops.colors_BO.shape, device=device, generator=generator)
+        image, masks = render(crops, generator)
+        cropped = crop_first_object(wear(image, generator), masks[:, 0])
+        whole, _ = render(Scenes(*(part[half:] for part in vars(scenes).values())), generator)
+        whole = F.interpolate(wear(whole, generator), size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+        wording = torch.randint(len(CAPTIONS), (half,), device=device, generator=generator)
+        caption = (crops.colors_BO[:, 0] * len(SHAPES) + crops.shapes_BO[:, 0]) * len(CAPTIONS) + wording
+        caption = torch.cat([caption, index[half:] + len(captions)])
+        loss = contrastive_loss(model, torch.cat([cropped, whole]), tokens[caption])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_mean.add(loss)
+        progress.report(step, loss_mean.mean)
+    model.eval()
+
+
+def contrastive_loss(model: open_clip.CLIP, image_BCHW: Tensor, tokens_BT: Tensor) -> Tensor:
+    """CLIP's symmetric loss; images with the very same caption share the target instead of repelling each other."""
+    mean, std = image_BCHW.new_tensor(MEAN).view(3, 1, 1), image_BCHW.new_tensor(STD).view(3, 1, 1)
+    with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=image_BCHW.is_cuda):
+        image_features = model.encode_image((image_BCHW - mean) / std, normalize=True).float()
+        text_features = model.encode_text(tokens_BT, normalize=True).float()
+    logits = model.logit_scale.exp().clamp(max=100) * image_features @ text_features.T
+    same = (tokens_BT[:, None] == tokens_BT[None]).all(-1).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def crop_first_object(image_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
+    """Grey outside the mask, then the mask's bounding box resized to CLIP's input, as GenEval's classifier sees it."""
+    image = torch.where(mask_BHW[:, None], image_BCHW, GREY)
+    _, _, height, width = image.shape
+    boxes = []
+    for extent, axis in ((width, 1), (height, 2)):
+        line = mask_BHW.any(dim=axis)
+        low = line.int().argmax(dim=1)
+        high = extent - line.flip(1).int().argmax(dim=1)
+        boxes.append((low / extent * 2 - 1, high / extent * 2 - 1))
+    (x0, x1), (y0, y1) = boxes
+    # The shorter side fills the input and the longer is cut at the centre, as CLIP's resize and crop do.
+    side = torch.minimum(x1 - x0, y1 - y0) / 2
+    theta = torch.zeros(len(image), 2, 3, device=image.device)
+    theta[:, 0, 0], theta[:, 1, 1] = side, side
+    theta[:, 0, 2], theta[:, 1, 2] = (x0 + x1) / 2, (y0 + y1) / 2
+    grid = F.affine_grid(theta, [len(image), 3, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,0 +1,63 @@
+"""Trains the mini detector on rendered scenes, worn as generated images are: blurred, noisy, shifted in colour."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Mask2FormerForUniversalSegmentation
+
+from bitflux_core.mini.detector import batched_loss, normalise
+from bitflux_core.mini.render import NO_SHAPE, PromptTable, render, sample_scenes
+from bitflux_core.mini.world import training_prompts
+from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
+
+LEARNING_RATE = 1e-3
+AVERAGE_DECAY = 0.998
+
+
+def wear(image_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Random blur (half of the images), noise and colour shift; float32 [B, 3, H, W] in [0, 1]."""
+    batch, device = image_BCHW.shape[0], image_BCHW.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=device, generator=generator)
+
+    small = F.interpolate(image_BCHW, scale_factor=0.5, mode="area")
+    blurred = F.interpolate(small, size=image_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+    image = torch.lerp(image_BCHW, blurred, (2 * uniform(batch, 1, 1, 1) - 1).clamp(min=0))
+    shift = 0.08 * (uniform(batch, 3, 1, 1) - 0.5)
+    noise = 0.05 * uniform(batch, 1, 1, 1) * torch.randn(image.shape, device=device, generator=generator)
+    return (image + shift + noise).clamp(0, 1)
+
+
+def train_detector(
+    model: Mask2FormerForUniversalSegmentation, *, steps: int, batch: int, device: torch.device, seed: int
+) -> None:
+    """Trains `model` in place on the training prompts' scenes."""
+    specs, weights = training_prompts()
+    table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
+    )
+    average = Average(model.parameters(), AVERAGE_DECAY)
+    progress, loss_mean = Progress("detector", steps), RunningMean(device)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+        index = torch.multinomial(probability, batch, replacement=True, generator=generator)
+        scenes = sample_scenes(table, index, generator)
+        image, masks = render(scenes, generator)
+        labels = torch.where(scenes.shapes_BO == NO_SHAPE, model.config.num_labels, scenes.shapes_BO)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = batched_loss(model, normalise(wear(image, generator)), masks, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        loss_mean.add(loss)
+        progress.report(step, loss_mean.mean)
+    average.copy_to_live()
+    model.eval()

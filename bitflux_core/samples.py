@@ -1,0 +1,54 @@
+"""What one sample is, and the ids that tie its two variants together.
+
+`pair_id` hashes what every variant of a sample shares; it drives the noise and the pairing.
+`sample_id` adds what differs between variants. Both are the first 32 hex digits of a SHA-256.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an image is drawn: sizes in pixels, Euler steps, guidance scale, T5 tokens."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to draw: the prompt's place in its benchmark, the image's place among the prompt's images, the seed."""
+
+    benchmark: str
+    tag: str
+    prompt_index: int
+    prompt: str
+    image_index: int
+    seed: int
+    sampling: Sampling
+
+    @property
+    def pair_id(self) -> str:
+        """Id shared by all variants of this sample. The tag is left out: it labels the sample, it does not draw it."""
+        return _digest(
+            [self.benchmark, self.prompt_index, self.prompt, self.image_index, self.seed, asdict(self.sampling)]
+        )
+
+    def sample_id(self, variant: str, dtype: str, fingerprint: str) -> str:
+        """Id of this sample drawn by one variant, in one dtype, with the weights of one fingerprint."""
+        return _digest([self.pair_id, variant, dtype, fingerprint])
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the initial latent noise, 63 bits: the same for every variant, its own for every pair."""
+        return int(self.pair_id[:16], 16) >> 1
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,137 @@
+"""What training stages share: schedules, averaged weights, several GPUs, and steps as CUDA graphs."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def use_fast_math() -> None:
+    """TF32 for what autocast leaves in float32. cuDNN's attention backward fails at head size 32 on torch 2.11."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def start_process_group() -> tuple[int, int]:
+    """(rank, world size); joins the group that torchrun describes, if one does."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    return int(os.environ.get("RANK", "0")), world
+
+
+def warmup_then_linear(step: int, steps: int, warmup: int = 200) -> float:
+    """Learning-rate factor: linear up over `warmup` steps, then linear down to zero."""
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def warmup_then_cosine(step: int, steps: int, warmup: int = 100) -> float:
+    """Learning-rate factor: linear up over `warmup` steps, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class FlatGradients:
+    """All gradients of `parameters` as views of one float32 tensor: one memset, one all-reduce, one norm."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        offset = 0
+        for parameter in self.parameters:
+            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def zero(self) -> None:
+        self.flat.zero_()
+
+    def average_over_ranks(self, world: int) -> None:
+        if world > 1:
+            dist.all_reduce(self.flat, op=dist.ReduceOp.AVG)
+
+    def clip(self, maximum: float) -> None:
+        """Scales the gradients down to the norm `maximum`, without a host synchronisation."""
+        self.flat.mul_((maximum / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+
+
+class Average:
+    """Exponential moving average of parameters, kept beside them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.live = [p.data for p in parameters]
+        self.mean = [p.clone() for p in self.live]
+        self.decay = decay
+
+    def update(self) -> None:
+        torch._foreach_lerp_(self.mean, self.live, 1 - self.decay)
+
+    def copy_to_live(self) -> None:
+        torch._foreach_copy_(self.live, self.mean)
+
+
+def capture(step: Callable[[], object], device: torch.device, warmup: int = 3) -> Callable[[], object]:
+    """`step` as a CUDA graph that reads and writes the same tensors each time; on the CPU, `step` itself.
+
+    The step must not synchronise with the host. Its random numbers come from the default CUDA generator.
+    """
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: NCCL's watchdog thread queries events at any time, which must not break the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+class Progress:
+    """Prints a loss line every `every` seconds; reading the loss is the loop's only host synchronisation."""
+
+    def __init__(self, name: str, steps: int, rank: int = 0, every: float = 10.0):
+        self.name, self.steps, self.rank, self.every = name, steps, rank, every
+        self.start = self.last = time.monotonic()
+
+    def report(self, step: int, loss: Tensor) -> None:
+        now = time.monotonic()
+        if now - self.last < self.every and step + 1 < self.steps:
+            return
+        self.last = now
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{self.name}: the loss is {value} at step {step}")
+        if self.rank == 0:
+            spent = time.monotonic() - self.start
+            print(
+                f"{self.name}: step {step + 1}/{self.steps} loss {value:.4f} "
+                f"{1000 * spent / (step + 1):.1f} ms/step {spent:.0f} s",
+                flush=True,
+            )
+
+
+class RunningMean:
+    """A smoothed scalar on the device, for losses computed inside a captured step."""
+
+    def __init__(self, device: torch.device, decay: float = 0.99):
+        self.value = torch.zeros((), device=device)
+        self.weight = torch.zeros((), device=device)
+        self.decay = decay
+
+    def add(self, value: Tensor) -> None:
+        self.value.mul_(self.decay).add_(value.detach(), alpha=1 - self.decay)
+        self.weight.mul_(self.decay).add_(1 - self.decay)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.value / self.weight

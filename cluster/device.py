@@ -1,0 +1,34 @@
+"""On what an actor computes. Heavy imports stay inside functions here and in the actors: the driver needs none."""
+
+import os
+import socket
+
+import ray
+
+
+def claim_device() -> str:
+    """`cuda` where Ray gave this actor a GPU, else `cpu` with a single thread.
+
+    Sums split over threads differ in their last bits, so one thread makes the results the same however many actors
+    share the machine.
+    """
+    if ray.get_gpu_ids():
+        return "cuda"
+    import torch
+
+    torch.set_num_threads(1)
+    return "cpu"
+
+
+def device_name(device: str) -> str:
+    """The GPU's model name, or `cpu`."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def worker_host() -> str:
+    """This process, for people who look for its logs: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"

@@ -1,0 +1,88 @@
+"""The actor that scores images and writes them."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.device import claim_device
+from cluster.plan import ShardKey
+from cluster.rows import ScoredImage
+from cluster.store import ResultStore
+
+if TYPE_CHECKING:
+    from evaluators.base import Evaluator
+
+
+@dataclass(frozen=True)
+class ImageToScore:
+    """Which image of its benchmark this is, and what the evaluator needs to know of its prompt."""
+
+    prompt_index: int
+    image_index: int
+    metadata: dict[str, Any]
+
+
+class EvaluatorActor:
+    """Holds the evaluator of each benchmark of a run."""
+
+    def __init__(self, evaluators: Mapping[str, str], models: Mapping[str, Path], store: ResultStore) -> None:
+        """`evaluators` maps benchmarks to names in the evaluators' registry; `models` are those names' folders."""
+        self._names = dict(evaluators)
+        self._models = dict(models)
+        self._store = store
+        self._evaluators: dict[str, Evaluator] = {}
+
+    def start(self) -> None:
+        """Loads the models, unless they are there. Raises UserError for files that cannot be loaded."""
+        from evaluators.registry import build_evaluator
+
+        if not self._evaluators:
+            device = claim_device()
+            built = {name: build_evaluator(name, self._models, device) for name in sorted(set(self._names.values()))}
+            self._evaluators = {benchmark: built[name] for benchmark, name in self._names.items()}
+
+    def score(self, key: ShardKey, wanted: list[ImageToScore], images: np.ndarray) -> list[ScoredImage]:
+        """Scores and writes images uint8 [N, H, W, 3] of shard `key`, one for each of `wanted`.
+
+        Raises StorageError where an image cannot be written.
+        """
+        evaluator = self._evaluators[key.benchmark]
+        scores = evaluator.score(list(images), [image.metadata for image in wanted])
+        scored = []
+        for image, score, pixels in zip(wanted, scores, images, strict=True):
+            digest = pixel_digest(pixels)
+            path = self._store.write_image(key, image.prompt_index, image.image_index, digest, to_png(pixels))
+            scored.append(
+                ScoredImage(
+                    score.score,
+                    score.correct,
+                    score.reason,
+                    json.dumps(score.detections, ensure_ascii=False),
+                    score.error,
+                    path,
+                    digest,
+                    evaluator.fingerprint,
+                )
+            )
+        return scored
+
+
+def pixel_digest(pixels_HWC: np.ndarray) -> str:
+    """SHA-256, in hex, of an image's shape and uint8 RGB values: the same whichever encoder wrote its file."""
+    digest = hashlib.sha256(repr(pixels_HWC.shape).encode())
+    digest.update(np.ascontiguousarray(pixels_HWC).tobytes())
+    return digest.hexdigest()
+
+
+def to_png(pixels_HWC: np.ndarray) -> bytes:
+    """A PNG file of uint8 RGB values."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "PNG")
+    return buffer.getvalue()

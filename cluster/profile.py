@@ -1,0 +1,101 @@
+"""A profile: which models to run, how they draw, and on what. Declared in manifests/profiles or a user's YAML."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from bitflux_core.errors import UserError
+from bitflux_core.samples import Sampling
+from cluster.manifests import MANIFESTS, describe, find_manifest, read_manifest
+
+# FLUX packs 2x2 latents of 8x8 pixels into one token.
+PIXELS_PER_TOKEN = 16
+
+Gpus = Annotated[float, Field(ge=0)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class _Declaration(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Models(_Declaration):
+    """Where the weights are: a folder (absolute, or relative to the profile's file or the repository) or a hub id."""
+
+    pipeline: str
+    ternary: str | None = None
+    detector: str
+    clip: str
+
+
+class Resources(_Declaration):
+    """GPUs that one actor asks Ray for where the cluster has any; without GPUs each actor takes one CPU."""
+
+    replica_gpus: Gpus = 1.0
+    text_encoder_gpus: Gpus = 0.0
+    evaluator_gpus: Gpus = 0.0
+
+
+class Profile(_Declaration):
+    """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    models: Models
+    sampling: Sampling
+    batch_size: PositiveInt
+    batches_per_shard: PositiveInt
+    dtype: Literal["float32", "bfloat16", "float16"]
+    benchmarks: Names
+    variants: Names
+    limit: PositiveInt | None = None
+    images_per_prompt: PositiveInt | None = None
+    resources: Resources = Resources()
+    assumptions: tuple[str, ...] = ()
+
+    @field_validator("sampling")
+    @classmethod
+    def _can_be_drawn(cls, sampling: Sampling) -> Sampling:
+        for side in ("width", "height"):
+            if getattr(sampling, side) < 1 or getattr(sampling, side) % PIXELS_PER_TOKEN:
+                raise ValueError(f"{side} must be a positive multiple of {PIXELS_PER_TOKEN} pixels")
+        if sampling.steps < 1 or sampling.max_sequence_length < 1:
+            raise ValueError("steps and max_sequence_length must be at least 1")
+        if not 0 <= sampling.guidance < float("inf"):
+            raise ValueError("guidance must be a number of at least 0")
+        return sampling
+
+    @field_validator("benchmarks", "variants")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} named more than once")
+        return names
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """The embedded profile of that name, or the one in a user's YAML file. Raises UserError for any fault in it."""
+    path = find_manifest("profile", name_or_path)
+    profile = read_manifest(path, Profile, defaults={"name": path.stem})
+    return profile if path.is_relative_to(MANIFESTS) else _anchored(profile, path.resolve().parent)
+
+
+def changed(profile: Profile, changes: dict[str, object]) -> Profile:
+    """The profile with other values for some of its fields. Raises UserError as for a profile's file."""
+    try:
+        return Profile.model_validate({**profile.model_dump(), **changes})
+    except ValidationError as error:
+        raise UserError(describe(error)) from error
+
+
+def _anchored(profile: Profile, folder: Path) -> Profile:
+    """Model folders and workload files that lie beside a user's profile, as absolute paths; other names stay."""
+
+    def anchor(name: str) -> str:
+        beside = folder / name
+        return str(beside) if beside.exists() else name
+
+    models = {role: anchor(name) for role, name in profile.models if name is not None}
+    benchmarks = tuple(anchor(name) for name in profile.benchmarks)
+    return profile.model_copy(update={"models": Models(**models), "benchmarks": benchmarks})

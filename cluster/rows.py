@@ -1,0 +1,150 @@
+"""Result rows: one for every sample of the plan, whether it was drawn and scored or not; and their Parquet form."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.pieces import Piece
+from cluster.plan import Plan
+
+# Columns are only ever added, and may then be null in older files.
+SCHEMA_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        ("schema_version", pa.int16()),
+        ("run_id", pa.string()),
+        ("sample_id", pa.string()),
+        ("pair_id", pa.string()),
+        ("variant", pa.string()),
+        ("benchmark", pa.string()),
+        ("tag", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_index", pa.int32()),
+        ("image_index", pa.int32()),
+        ("seed", pa.int64()),
+        ("score", pa.float64()),
+        ("correct", pa.bool_()),
+        ("reason", pa.string()),
+        ("detections", pa.string()),  # JSON list, the evaluator's own fields
+        ("image_path", pa.string()),  # relative to the run's folder
+        ("image_digest", pa.string()),
+        ("seconds", pa.float64()),
+        ("worker", pa.string()),
+        ("dtype", pa.string()),
+        ("batch_size", pa.int32()),
+        ("attempts", pa.int32()),  # tries of the pieces that held this sample, the last one included
+        ("model_fingerprint", pa.string()),
+        ("evaluator_fingerprint", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+METADATA_KEY = b"bitflux"
+
+Row = dict[str, Any]
+MemoryKind = Literal["cuda-peak", "cpu-resident"]
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """What the model of a shard took: kept in its file's metadata, so that a resumed run reports it as well.
+
+    `peak_memory_bytes` is the device's peak allocation on CUDA, the transformer's resident bytes on the CPU.
+    """
+
+    storage_bytes: int
+    peak_memory_bytes: int
+    memory_kind: MemoryKind
+    device: str
+
+    def joined(self, other: "ModelUse | None") -> "ModelUse":
+        """The use of both: the larger peak counts."""
+        peak = max(self.peak_memory_bytes, other.peak_memory_bytes) if other else self.peak_memory_bytes
+        return replace(self, peak_memory_bytes=peak)
+
+
+@dataclass(frozen=True)
+class DrawReport:
+    """What a replica says about the images of one call: seconds of each, in the order of the kept slots."""
+
+    seconds: tuple[float, ...]
+    host: str
+    use: ModelUse
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """What an evaluator says about one image. `detections` is JSON; `error` is set where it could not be scored."""
+
+    score: float | None
+    correct: bool | None
+    reason: str
+    detections: str
+    error: str | None
+    image_path: str
+    image_digest: str
+    evaluator_fingerprint: str
+
+
+def scored_rows(
+    plan: Plan, run_id: str, piece: Piece, report: DrawReport, scored: list[ScoredImage], worker: str
+) -> dict[int, Row]:
+    """Rows of a piece that was drawn and scored, by position."""
+    results = [
+        asdict(image) | {"seconds": seconds, "worker": f"{worker}@{report.host}"}
+        for image, seconds in zip(scored, report.seconds, strict=True)
+    ]
+    return _rows(plan, run_id, piece, piece.attempts + 1, results)
+
+
+def failed_rows(plan: Plan, run_id: str, piece: Piece, error: str) -> dict[int, Row]:
+    """Rows of a piece that was given up, by position: no score, no image, the error."""
+    return _rows(plan, run_id, piece, piece.attempts, [{"error": error} for _ in piece.positions])
+
+
+def _rows(plan: Plan, run_id: str, piece: Piece, attempts: int, results: list[Row]) -> dict[int, Row]:
+    key = piece.shard.key
+    sample_ids = plan.sample_ids(piece.shard)
+    rows = {}
+    for position, sample, result in zip(piece.positions, piece.samples, results, strict=True):
+        rows[position] = {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": run_id,
+            "sample_id": sample_ids[position],
+            "pair_id": sample.pair_id,
+            "variant": key.variant,
+            "benchmark": key.benchmark,
+            "tag": sample.tag,
+            "prompt": sample.prompt,
+            "prompt_index": sample.prompt_index,
+            "image_index": sample.image_index,
+            "seed": sample.seed,
+            "dtype": plan.dtype,
+            "batch_size": plan.batch_size,
+            "attempts": attempts,
+            "model_fingerprint": plan.fingerprint(key.variant),
+            **result,
+        }
+    return rows
+
+
+def encode(rows: list[Row], use: ModelUse | None) -> bytes:
+    """A Parquet file of `rows`. `use` is None where no sample of the shard could be drawn."""
+    metadata = {METADATA_KEY: json.dumps(asdict(use) if use else None)}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def decode(content: bytes) -> pa.Table:
+    """The table of a Parquet file's bytes. ValueError (pyarrow.ArrowInvalid) or OSError where it is damaged."""
+    return pq.read_table(pa.BufferReader(content))
+
+
+def model_use(table: pa.Table) -> ModelUse | None:
+    """The model use that `encode` kept."""
+    kept = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"null"))
+    return ModelUse(**kept) if kept else None

@@ -1,0 +1,59 @@
+"""What every scoring model shares: its folder, batches of one fixed size, and arithmetic that repeats."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitflux_core.errors import UserError
+
+# Everything that a model is made of; a folder's README or git files leave its fingerprint alone.
+MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin"}
+
+
+def model_folder(directory: str | Path, role: str, files: tuple[str, ...]) -> Path:
+    """`directory` as a path, once it is known to hold `files`. UserError names the folder and what it lacks."""
+    folder = Path(directory)
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{role} folder {folder} has no {' or '.join(missing)}: name a folder that holds a complete {role} model"
+        )
+    return folder
+
+
+def unloadable(folder: Path, role: str, fault: object) -> UserError:
+    """The error for a folder whose files are there but are not a usable model; `fault` is cut to its first line."""
+    detail = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    return UserError(f"{role} folder {folder} cannot be loaded ({detail}): fetch or train the {role} again")
+
+
+def fingerprint(*parts: object) -> str:
+    """First 16 hex digits of the SHA-256 of settings (anything that JSON can write) and of folders' model files."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, Path):
+            digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+            continue
+        for path in sorted(part.iterdir()):
+            if path.suffix in MODEL_SUFFIXES:
+                digest.update(path.name.encode() + b"\n")
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def exact_inference() -> Iterator[None]:
+    """No gradients, no TF32, deterministic convolutions: confidences have silently differed between GPU types."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+def pad_batch(rows_BX: Tensor, size: int) -> Tensor:
+    """Zero rows added up to `size`: a result's last bits depend on the batch's shape, so every batch has the same."""
+    return torch.cat([rows_BX, rows_BX.new_zeros(size - len(rows_BX), *rows_BX.shape[1:])])

@@ -1,0 +1,223 @@
+"""What a benchmark's scores say: means by tag and overall, and paired differences, with bootstrap intervals.
+
+A tag's score is the mean over its images; `overall` is the unweighted mean of the tags' scores. Images of one prompt
+are alike, so the bootstrap draws prompts, each with all of its images and with both variants' scores of them, and draws
+them within their tag (Davison and Hinkley 1997, "Bootstrap Methods and their Application": stratified resampling of
+clusters). Intervals are percentiles. What cannot be known is None: the score of a tag without a scored image, the
+interval of a tag with a single scored prompt (it does not show how prompts differ), and an overall that lacks a tag's.
+
+Rows are mappings with `pair_id`, `tag`, `prompt_index` and `score` (None: the image could not be drawn or scored).
+
+Legend: V variants, P prompts, R resamples.
+"""
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+OVERALL = "overall"
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against a baseline on one tag, over the pairs that both have a score for."""
+
+    benchmark: str
+    tag: str
+    baseline: str
+    variant: str
+    baseline_score: float | None
+    variant_score: float | None
+    delta: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n_expected: int
+    n_scored: int
+    n_failed: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One variant's score on one tag."""
+
+    tag: str
+    score: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n_expected: int
+    n_scored: int
+    n_failed: int
+
+
+def compare(
+    benchmark: str,
+    baseline: str,
+    variant: str,
+    baseline_rows: Sequence[Row],
+    variant_rows: Sequence[Row],
+    *,
+    expected: Mapping[str, int] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> list[Comparison]:
+    """Variant minus baseline: one comparison a tag, in the order of `expected` (or of the rows), `overall` last.
+
+    `expected` is each tag's number of planned pairs; left out, it is the number of pairs found in either list.
+    Raises ValueError where a list has a pair twice or a row's tag is not in `expected`.
+    """
+    tags = _by_tag([baseline_rows, variant_rows], expected)
+    return [
+        Comparison(
+            benchmark=benchmark,
+            tag=result.tag,
+            baseline=baseline,
+            variant=variant,
+            baseline_score=result.scores[0],
+            variant_score=result.scores[1],
+            delta=result.contrast,
+            ci_low=result.low,
+            ci_high=result.high,
+            n_expected=result.expected,
+            n_scored=result.scored,
+            n_failed=result.expected - result.scored,
+        )
+        for result in _results(tags, np.array([-1.0, 1.0]), seed, resamples)
+    ]
+
+
+def interval(
+    rows: Sequence[Row], *, expected: Mapping[str, int] | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Estimate]:
+    """One variant's scores: an estimate a tag and `overall` last. Arguments and errors as in `compare`."""
+    return [
+        Estimate(
+            tag=result.tag,
+            score=result.contrast,
+            ci_low=result.low,
+            ci_high=result.high,
+            n_expected=result.expected,
+            n_scored=result.scored,
+            n_failed=result.expected - result.scored,
+        )
+        for result in _results(_by_tag([rows], expected), np.array([1.0]), seed, resamples)
+    ]
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """One tag's images that all variants have a score for, summed by prompt: counts [P] and scores [V, P]."""
+
+    name: str
+    expected: int
+    images_P: np.ndarray
+    sums_VP: np.ndarray
+
+    @property
+    def scored(self) -> int:
+        return int(self.images_P.sum())
+
+    def scores(self) -> np.ndarray | None:
+        """Each variant's mean over the images, [V]."""
+        return self.sums_VP.sum(axis=1) / self.scored if self.scored else None
+
+    def resampled(self, seed: int, resamples: int) -> np.ndarray | None:
+        """Each variant's mean over the images of P prompts drawn with replacement, [V, R]."""
+        prompts = len(self.images_P)
+        if prompts < 2:
+            return None
+        # The tag's name is in the seed: its interval does not depend on which other tags there are.
+        generator = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        draws_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+        return (self.sums_VP @ draws_RP.T) / (draws_RP @ self.images_P)
+
+
+@dataclass(frozen=True)
+class _Result:
+    tag: str
+    expected: int
+    scored: int
+    scores: list[float] | list[None]
+    contrast: float | None
+    low: float | None
+    high: float | None
+
+
+def _results(tags: Sequence[_Tag], contrast_V: np.ndarray, seed: int, resamples: int) -> list[_Result]:
+    """Every tag's scores, their sum weighted by `contrast_V` and its interval; then those of the mean over the tags."""
+    scores = [tag.scores() for tag in tags]
+    draws = [tag.resampled(seed, resamples) for tag in tags]
+    results = [
+        _result(tag.name, tag.expected, tag.scored, contrast_V, scores_V, draws_VR)
+        for tag, scores_V, draws_VR in zip(tags, scores, draws, strict=True)
+    ]
+    expected, scored = sum(tag.expected for tag in tags), sum(tag.scored for tag in tags)
+    # Tags are drawn apart from each other, so the r-th resample of the overall is the mean of the tags' r-th ones.
+    return [*results, _result(OVERALL, expected, scored, contrast_V, _mean(scores), _mean(draws))]
+
+
+def _result(
+    tag: str,
+    expected: int,
+    scored: int,
+    contrast_V: np.ndarray,
+    scores_V: np.ndarray | None,
+    draws_VR: np.ndarray | None,
+) -> _Result:
+    low = high = contrast = None
+    if scores_V is not None:
+        contrast = float(contrast_V @ scores_V)
+    if draws_VR is not None:
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(contrast_V @ draws_VR, [tail, 1 - tail]).tolist()
+    scores = [None] * len(contrast_V) if scores_V is None else scores_V.tolist()
+    return _Result(tag, expected, scored, scores, contrast, low, high)
+
+
+def _mean(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.mean(known, axis=0) if known and len(known) == len(parts) else None
+
+
+def _by_tag(rows_by_variant: Sequence[Sequence[Row]], expected: Mapping[str, int] | None) -> list[_Tag]:
+    scores = [_scores_by_pair(rows) for rows in rows_by_variant]
+    pairs: dict[str, Row] = {row["pair_id"]: row for rows in rows_by_variant for row in rows}
+    rows_by_tag: dict[str, list[Row]] = {tag: [] for tag in expected or ()}
+    for row in pairs.values():
+        if expected is not None and row["tag"] not in expected:
+            raise ValueError(f"pair {row['pair_id']} has the tag {row['tag']!r}, of which none are expected")
+        rows_by_tag.setdefault(row["tag"], []).append(row)
+
+    tags = []
+    for name, rows in rows_by_tag.items():
+        by_prompt: dict[int, list[list[float]]] = defaultdict(list)
+        for row in sorted(rows, key=lambda row: row["pair_id"]):  # a fixed order of summation
+            values = [by_pair[row["pair_id"]] for by_pair in scores if row["pair_id"] in by_pair]
+            if len(values) == len(scores):
+                by_prompt[row["prompt_index"]].append(values)
+        images_P = np.array([len(by_prompt[index]) for index in sorted(by_prompt)], dtype=np.int64)
+        sums_PV = [np.sum(by_prompt[index], axis=0) for index in sorted(by_prompt)]
+        sums_VP = np.array(sums_PV).reshape(len(images_P), len(scores)).T
+        tags.append(_Tag(name, len(rows) if expected is None else expected[name], images_P, sums_VP))
+    return tags
+
+
+def _scores_by_pair(rows: Sequence[Row]) -> dict[str, float]:
+    """The score of every pair that has one; a score that is no number counts as none."""
+    seen: set[str] = set()
+    scores: dict[str, float] = {}
+    for row in rows:
+        if row["pair_id"] in seen:
+            raise ValueError(f"pair {row['pair_id']} occurs twice in one variant's rows")
+        seen.add(row["pair_id"])
+        if row["score"] is not None and math.isfinite(row["score"]):
+            scores[row["pair_id"]] = float(row["score"])
+    return scores

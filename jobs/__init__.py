@@ -1,0 +1,1 @@
+"""Entry points, one file a job: parse, call, print."""

@@ -1,0 +1,66 @@
+"""What every job's command line shares: exit codes, one-line errors, checked option values."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TextIO
+
+from rich.console import Console
+
+from bitflux_core.errors import UserError
+
+COMPLETE, BAD_INPUT, INCOMPLETE = 0, 2, 3
+DEFAULT_OUTPUT = "results"
+TABLE_WIDTH = 120  # columns of text where the output is no terminal
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line, as every other mistake is answered."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def exit_code_of(job: Callable[[], int]) -> int:
+    """Runs a job. A UserError becomes one line on standard error and exit code 2; any other exception is a defect."""
+    try:
+        return job()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library said
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INCOMPLETE
+
+
+def console_on(stream: TextIO) -> Console:
+    """A console as wide as the terminal; wide enough for every table where there is none."""
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    return console
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names, none empty."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of names separated by commas")
+    return parts
+
+
+def run_id(text: str) -> str:
+    """A run's id: part of file names, so letters, digits, dots, dashes and underscores only."""
+    if not RUN_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"'{text}' may hold only letters, digits, '.', '_' and '-'")
+    return text

@@ -1,0 +1,51 @@
+"""Progress with an estimate of the time left, on standard error: a bar in a terminal, a line now and then elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from cluster.run import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+COLUMNS = ("{task.fields[stage]}", BarColumn(), MofNCompleteColumn(), "{task.fields[left]}")
+
+
+class ProgressReport:
+    """Shows every event of a run that it is called with. A context manager, so that the bar goes away at the end."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._started = time.monotonic()
+        self._last_line = float("-inf")
+        self._bar = Bar(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("images", total=None, stage="starting", left="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: "Progress") -> None:
+        left = time_left(event, time.monotonic() - self._started)
+        if event.failed:
+            left = f"{event.failed} failed  {left}"
+        self._bar.update(self._task, completed=event.done, total=event.total, stage=event.stage, left=left)
+        now = time.monotonic()
+        if self._bar.disable and (event.done == event.total or now - self._last_line >= SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            self._console.print(f"{event.stage}: {event.done}/{event.total} images  {left}")
+
+
+def time_left(event: "Progress", elapsed: float) -> str:
+    """`ETA 1:02:03`: `elapsed` seconds drew what this process drew, start-up included. Empty before and after that."""
+    drawn = event.done - event.resumed
+    if drawn <= 0 or event.done >= event.total:
+        return ""
+    seconds = round(elapsed * (event.total - event.done) / drawn)
+    return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

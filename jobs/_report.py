@@ -1,0 +1,144 @@
+"""What a run says: comparisons and single scores from its rows, as a table for people and a document for programs."""
+
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.plan import Plan
+from cluster.store import ResultStore
+from evaluators.statistics import OVERALL, Bounds, Comparison, compare, interval
+from jobs._plan_report import images_by_tag
+
+if TYPE_CHECKING:
+    from cluster.audit import ModelMetrics
+    from cluster.run import RunSummary
+
+Rows = dict[tuple[str, str], list[dict]]  # by variant and benchmark
+
+BASELINE = "bf16"
+ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score"]
+MEMORY = {
+    "cuda-peak": "peak memory (all that CUDA allocated)",
+    "cpu-resident": "memory (transformer's resident bytes, CPU)",
+    None: "memory",
+}
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary") -> list[Comparison]:
+    """Prints scores by benchmark and tag, what each model takes, and where the results lie; returns the comparisons."""
+    rows: Rows = defaultdict(list)
+    for row in store.read_rows(partial=True).select(ROW_COLUMNS).to_pylist():
+        rows[row["variant"], row["benchmark"]].append(row)
+    comparisons = compare_variants(plan, rows)
+    if comparisons:
+        for variant in dict.fromkeys(comparison.variant for comparison in comparisons):
+            console.print(_comparison_table([c for c in comparisons if c.variant == variant]))
+    else:
+        console.print(_score_table(plan, rows))
+    console.print(_model_table(summary.models))
+    for assumption in plan.assumptions:
+        console.print(f"assumed: {assumption}")
+    console.print(f"results: {store.run_uri}", soft_wrap=True)
+    if summary.n_failed:
+        print(f"{summary.n_failed} images failed; the column `error` of the results says why", file=sys.stderr)
+    if not summary.complete:
+        print(f"incomplete: {summary.reason}", file=sys.stderr)
+    return comparisons
+
+
+def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:
+    """Every other variant against the baseline: full precision where it ran, else the first one named."""
+    baseline = BASELINE if BASELINE in plan.variants else plan.variants[0]
+    return [
+        comparison
+        for variant in plan.variants
+        if variant != baseline
+        for benchmark, expected in images_by_tag(plan).items()
+        for comparison in compare(
+            benchmark=benchmark,
+            baseline=baseline,
+            variant=variant,
+            baseline_rows=rows[baseline, benchmark],
+            variant_rows=rows[variant, benchmark],
+            expected=expected,
+        )
+    ]
+
+
+def document(store: ResultStore, summary: "RunSummary", comparisons: list[Comparison]) -> dict:
+    """The run in plain values, as --json prints it."""
+    fields = ("variant", "storage_bytes", "peak_memory_bytes", "seconds_per_image", "fingerprint")
+    return {
+        "run_id": store.run_id,
+        "complete": summary.complete,
+        "results": store.run_uri,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "models": [{field: getattr(model, field) for field in fields} for model in summary.models],
+    }
+
+
+def _comparison_table(comparisons: list[Comparison]) -> Table:
+    baseline, variant = comparisons[0].baseline, comparisons[0].variant
+    columns = (baseline, variant, "difference", "95 % interval", "images", "failures")
+    table = _tag_table(f"{variant} against {baseline}, scores in %", columns)
+    for c in comparisons:
+        scores = (_percent(c.baseline_score), _percent(c.variant_score), _percent(c.delta, "+"))
+        bounds = _bounds((c.ci_low, c.ci_high), "+")
+        _add_tag(table, c.benchmark, c.tag, *scores, bounds, str(c.n_expected), str(c.n_failed))
+    return table
+
+
+def _score_table(plan: Plan, rows: Rows) -> Table:
+    (variant,) = plan.variants
+    table = _tag_table(f"{variant}, scores in %", (variant, "95 % interval", "images", "failures"))
+    for benchmark, expected in images_by_tag(plan).items():
+        for e in interval(rows[variant, benchmark], expected=expected):
+            bounds = _bounds((e.ci_low, e.ci_high))
+            _add_tag(table, benchmark, e.tag, _percent(e.score), bounds, str(e.n_expected), str(e.n_failed))
+    return table
+
+
+def _tag_table(title: str, numbers: tuple[str, ...]) -> Table:
+    table = Table("benchmark", "tag", title=title)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _add_tag(table: Table, benchmark: str, tag: str, *values: str) -> None:
+    last = tag == OVERALL
+    table.add_row(benchmark, tag, *values, style="bold" if last else None, end_section=last)
+
+
+def _model_table(models: list["ModelMetrics"]) -> Table:
+    kinds = {model.memory_kind for model in models if model.memory_kind}
+    memory = MEMORY[kinds.pop() if len(kinds) == 1 else None]
+    table = Table("model", title="what the models take")
+    for heading in ("storage", memory, "seconds an image", "fingerprint"):
+        table.add_column(heading, justify="right")
+    for model in models:
+        seconds = "-" if model.seconds_per_image is None else f"{model.seconds_per_image:.3g}"
+        storage, resident = _bytes(model.storage_bytes), _bytes(model.peak_memory_bytes)
+        table.add_row(model.variant, storage, resident, seconds, model.fingerprint)
+    return table
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
+
+
+def _bounds(bounds: Bounds, sign: str = "") -> str:
+    low, high = bounds
+    return "-" if low is None or high is None else f"{_percent(low, sign)} to {_percent(high, sign)}"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "-"
+    size, unit = next(((size, unit) for size, unit in UNITS if count >= size), (1.0, "B"))
+    return f"{count / size:,.2f} {unit}"

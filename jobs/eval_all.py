@@ -1,0 +1,113 @@
+"""Draws the benchmarks with each variant of a FLUX, scores every image and says what the variants lost.
+
+The results are the checkpoint: the same command continues a run that was interrupted, and only reports one that is
+complete. Exit code 0: complete, 2: bad input, 3: incomplete.
+"""
+
+import contextlib
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitflux_core.errors import UserError
+from cluster.plan import Plan, build_plan
+from cluster.profile import Profile, changed, load_profile
+from cluster.store import ResultStore
+from cluster.workload import load_workload
+from jobs import _ray
+from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
+from jobs._plan_report import print_plan
+from jobs._progress import ProgressReport
+from jobs._report import document, print_report
+
+if TYPE_CHECKING:
+    from cluster.run import RunSummary
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1])
+    add = parser.add_argument
+    add("--profile", default="mini", help="mini, flux-dev or the path of a profile (%(default)s)")
+    add("--benchmarks", type=names, metavar="A,B", help="names, or paths of workload files (the profile's)")
+    add("--variants", type=names, metavar="A,B", help="bf16, ternary, ternary-int8, ternary-reference (the profile's)")
+    add("--limit", type=positive, metavar="N", help="prompts a tag (the profile's)")
+    add("--images-per-prompt", type=positive, metavar="N", help="images a prompt (the profile's)")
+    add("--output", metavar="URI", help=f"where the results go (./{DEFAULT_OUTPUT}; required in a Ray job)")
+    add("--run-id", type=run_id, metavar="ID", help="name of the run (the digest of its plan)")
+    add("--fresh", action="store_true", help="start a new run, whatever is there")
+    add("--replicas", type=positive, metavar="N", help="replicas of the model (as many as the machines hold)")
+    add("--data-dir", type=Path, metavar="DIR", help="benchmarks' prompt files, for machines without internet")
+    add("--dry-run", action="store_true", help="print the plan and stop; needs no weights")
+    add("--json", action="store_true", help="one JSON document on standard output, all else on standard error")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code_of(lambda: _evaluate(parse(argv)))
+
+
+def _evaluate(args: Namespace) -> int:
+    _ray.prepare()
+    profile = _profile(args)
+    workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
+    plan = build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
+    console = console_on(sys.stderr if args.json else sys.stdout)
+    if args.dry_run:
+        print_plan(console, plan, as_json=args.json)
+        return COMPLETE
+
+    # Whatever a library prints must not land in the JSON document.
+    with contextlib.redirect_stdout(sys.stderr):
+        plan, store, summary = _draw(args, profile, plan)
+    comparisons = print_report(console, plan, store, summary)
+    if args.json:
+        print(json.dumps(document(store, summary, comparisons), indent=2))
+    return COMPLETE if summary.complete else INCOMPLETE
+
+
+def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultStore, "RunSummary"]:
+    """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
+    # Heavy imports, torch and ray among them, only after what can be refused without them.
+    from bitflux_core.generate import check_prompt_lengths
+    from cluster.model_files import fingerprints, locate_models
+    from cluster.output import alive_nodes, check_output
+    from cluster.run import run
+
+    models = locate_models(profile, profile.variants)
+    check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
+    plan = replace(plan, fingerprints=fingerprints(models, profile.variants))
+    with _ray.connected():
+        output = check_output(args.output or DEFAULT_OUTPUT, alive_nodes(), _ray.in_submitted_job())
+        store = ResultStore(output, _run_id(args, plan))
+        if args.fresh and store.plan_digest():
+            raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
+        with ProgressReport(console_on(sys.stderr)) as progress:
+            summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
+    return plan, store, summary
+
+
+def _profile(args: Namespace) -> Profile:
+    """The profile with what the command line changes in it."""
+    from bitflux_core.variants import VARIANTS
+
+    fields = ("benchmarks", "variants", "limit", "images_per_prompt")
+    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    profile = changed(load_profile(args.profile), given)
+    unknown = [variant for variant in profile.variants if variant not in VARIANTS]
+    if unknown:
+        raise UserError(f"unknown variant '{unknown[0]}': choose from {', '.join(VARIANTS)}")
+    return profile
+
+
+def _run_id(args: Namespace, plan: Plan) -> str:
+    if args.run_id:
+        return args.run_id
+    return f"{plan.run_id}-{datetime.now(UTC):%Y%m%dT%H%M%S}" if args.fresh else str(plan.run_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

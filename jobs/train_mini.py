@@ -1,0 +1,158 @@
+"""Makes the embedded mini FLUX again: autoencoder, teacher, detector, CLIP, from a seed, on one GPU (or several).
+
+    python jobs/train_mini.py --output DIR                                      everything, one after the other
+    python jobs/train_mini.py --output DIR --stages detector,clip               some stages
+    torchrun --nproc-per-node 2 jobs/train_mini.py --output DIR --stages teacher   one stage on two GPUs
+
+Each stage reads what earlier ones wrote to DIR (`flux`, `detector`, `clip`, `ternary`) and writes its own folder.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import FluxPipeline
+
+from bitflux_core.checkpoint import save_ternary
+from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
+from bitflux_core.errors import UserError
+from bitflux_core.files import fingerprint
+from bitflux_core.mini.clip import build_clip, save_weights, write_config
+from bitflux_core.mini.detector import PREPROCESSOR, build_detector
+from bitflux_core.mini.models import TOKENS, build_pipeline
+from bitflux_core.mini.train_clip import train_clip
+from bitflux_core.mini.train_detector import train_detector
+from bitflux_core.mini.train_teacher import train_teacher
+from bitflux_core.mini.train_vae import train_vae
+from bitflux_core.mini.world import training_prompts
+from bitflux_core.training import use_fast_math
+
+STAGES = ("vae", "teacher", "detector", "clip", "twin")
+SHARD_SIZE = "15MB"
+SAMPLER_STEPS, GUIDANCE = 20, 2.0  # as manifests/profiles/mini.yaml draws
+SIDE = 8  # image tokens a side
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder that the stages read and write")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)} (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=512, help="scenes a step and GPU of the teacher")
+    parser.add_argument("--images", type=int, default=400000, help="rendered scenes a GPU that the teacher learns from")
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--teacher-steps", type=int, default=23000)
+    parser.add_argument("--guidance-steps", type=int, default=2000)
+    parser.add_argument("--detector-steps", type=int, default=3000)
+    parser.add_argument("--clip-steps", type=int, default=1000)
+    parser.add_argument("--twin-steps", type=int, default=6000)
+    parser.add_argument("--twin-prompts", type=int, default=32768, help="prompts that the twin is distilled on")
+    parser.add_argument("--twin-lr", type=float, default=2e-3, help="of the latent weights, in units of their scale")
+    parser.add_argument("--twin-optimizer", choices=("adam", "muon"), default="adam", help="of the latent weights")
+    parser.add_argument("--twin-features", type=float, default=0.1, help="weight of the blocks' relative errors")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the transformer's matrices")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    stages = args.stages.split(",")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise UserError(f"--stages: {unknown[0]!r} is not a stage; choose among {', '.join(STAGES)}")
+    use_fast_math()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    for stage in stages:
+        globals()[f"stage_{stage}"](args, device)
+
+
+def stage_vae(args: argparse.Namespace, device: torch.device) -> None:
+    pipeline = build_pipeline(args.seed)
+    train_vae(pipeline.vae, steps=args.vae_steps, batch=128, device=device, seed=args.seed)
+    save_pipeline(pipeline, args.output / "flux")
+
+
+def stage_teacher(args: argparse.Namespace, device: torch.device) -> None:
+    first = os.environ.get("RANK", "0") == "0"
+    pipeline = FluxPipeline.from_pretrained(str(args.output / "flux"))
+    train_teacher(
+        pipeline,
+        steps=args.teacher_steps,
+        guidance_steps=args.guidance_steps,
+        batch=args.batch,
+        images=args.images,
+        device=device,
+        seed=args.seed,
+        optimizer=args.optimizer,
+        after_flow=lambda: pipeline.save_pretrained(args.output / "flux-before-guidance") if first else None,
+    )
+    if first:
+        save_pipeline(pipeline, args.output / "flux")
+
+
+def stage_detector(args: argparse.Namespace, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    model = build_detector()
+    train_detector(model, steps=args.detector_steps, batch=256, device=device, seed=args.seed)
+    folder = args.output / "detector"
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+
+
+def stage_clip(args: argparse.Namespace, device: torch.device) -> None:
+    folder = args.output / "clip"
+    write_config(folder)
+    torch.manual_seed(args.seed)
+    model = build_clip(folder)
+    train_clip(
+        model,
+        open_clip.get_tokenizer(f"local-dir:{folder}"),
+        steps=args.clip_steps,
+        batch=512,
+        device=device,
+        seed=args.seed,
+    )
+    save_weights(model, folder)
+
+
+def stage_twin(args: argparse.Namespace, device: torch.device) -> None:
+    """The ternary twin, from the teacher and the training prompts alone: no image."""
+    pipeline = FluxPipeline.from_pretrained(str(args.output / "flux")).to(device)
+    settings = DistillSettings(
+        steps=args.twin_steps,
+        batch=args.batch,
+        sampler_steps=SAMPLER_STEPS,
+        guidance=GUIDANCE,
+        latent_lr=args.twin_lr,
+        optimizer=args.twin_optimizer,
+        feature_weight=args.twin_features,
+        seed=args.seed,
+    )
+    specs, weights = training_prompts()
+    chosen = random.Random(args.seed).choices(specs, weights, k=args.twin_prompts)
+    conditions = encode_conditions(pipeline, [spec.text for spec in chosen], tokens=TOKENS, side=SIDE)
+    student = Distiller(pipeline.transformer, pipeline.scheduler, conditions, settings, device).run()
+    provenance = {"source": "mini FLUX", "fingerprint": fingerprint(args.output / "flux"), **asdict(settings)}
+    save_ternary(student, args.output / "ternary", provenance, method="self-distillation")
+
+
+def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+    """bfloat16 weights in shards small enough to commit."""
+    pipeline.to("cpu", torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Triton kernels, their reference, packing and dispatch. Imports nothing of the rest."""

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitflux_core.accounting import size_report
+from bitflux_core.checkpoint import load_ternary, save_ternary
+from bitflux_core.convert import quantize_transformer
+from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
+
+
+class CreatedTensors(TorchDispatchMode):
+    """Records every tensor with memory that comes out of an operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.seen.append((tuple(tensor.shape), tensor.dtype))
+        return result
+
+
+def full_weights(created: CreatedTensors, transformer) -> list:
+    """Floating tensors among the created ones that are as large as a block's weight and belong to nothing else."""
+    layers = block_linears(transformer).values()
+    blocks = {(layer.out_features, layer.in_features) for layer in layers}
+    others = {tuple(tensor.shape) for tensor in transformer.state_dict().values()}
+    return [(shape, dtype) for shape, dtype in created.seen if shape in blocks - others and dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_was_saved_comes_back(transformer, tmp_path, dtype):
+    quantize_transformer(transformer)
+    transformer.to(torch.bfloat16)
+    save_ternary(transformer, tmp_path / "ternary", {"source": "a test"}, method="least_squares")
+    loaded = load_ternary(tmp_path / "ternary", dtype=dtype, device="cpu", activations="int8", execution="reference")
+
+    saved = transformer.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == (saved[name].dtype if name.endswith((".packed", ".scale")) else dtype)
+        assert torch.equal(tensor, saved[name].to(tensor.dtype)), name
+    assert loaded.state_dict().keys() == saved.keys()
+    assert loaded.dtype == dtype
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {(layer.activations, layer.execution) for layer in block_linears(loaded).values()} == {("int8", "reference")}
+
+
+def test_files_hold_exactly_the_bytes_of_the_accounting(ternary_dir):
+    shards = sorted(ternary_dir.glob("*.safetensors"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(shard).values()) for shard in shards]
+    loaded = load_ternary(ternary_dir, dtype=torch.bfloat16, device="cpu")
+    assert sum(sizes) == size_report(loaded).storage_bytes
+    assert len(shards) > 1
+    assert max(sizes) <= 40_000  # the size that the fixture asks for
+
+
+def test_config_is_the_models_own_with_provenance(ternary_dir, transformer):
+    config = json.loads((ternary_dir / "config.json").read_text())
+    header = config.pop("bitflux")
+    assert config == json.loads(transformer.to_json_string())
+    assert (header["format_version"], header["method"], header["provenance"]) == (
+        1,
+        "least_squares",
+        {"source": "a test"},
+    )
+
+
+def test_loading_never_holds_a_full_block_weight(ternary_dir):
+    with CreatedTensors() as created:
+        loaded = load_ternary(ternary_dir, dtype=torch.bfloat16, device="cpu")
+    assert created.seen
+    assert not full_weights(created, loaded)
+
+
+def test_the_recorder_would_see_a_full_weight(ternary_dir):
+    loaded = load_ternary(ternary_dir, dtype=torch.bfloat16, device="cpu")
+    with CreatedTensors() as created:
+        loaded.single_transformer_blocks[0].proj_out.dequantize()
+    assert full_weights(created, loaded)
+
+
+def test_a_folder_in_use_is_not_written_over(transformer, tmp_path):
+    quantize_transformer(transformer)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is in use: name a new or an empty folder"):
+        save_ternary(transformer, tmp_path, {}, method="least_squares")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_dense_transformer_is_not_saved(transformer, tmp_path):
+    with pytest.raises(ValueError, match="not ternary"):
+        save_ternary(transformer, tmp_path / "ternary", {}, method="least_squares")
+    assert not (tmp_path / "ternary").exists()

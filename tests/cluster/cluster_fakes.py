@@ -1,0 +1,167 @@
+"""Stand-ins for the actors that hold models. They keep the actors' contracts and misbehave when told to.
+
+Every image that is drawn, padding left out, leaves a line in `draws.txt`, so tests can count draws across processes.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from bitflux_core.errors import UserError
+from bitflux_core.samples import Sampling
+from cluster.evaluator import EvaluatorActor
+from cluster.pieces import DrawBatch
+from cluster.plan import Plan, build_plan
+from cluster.profile import Profile
+from cluster.rows import DrawReport, ModelUse
+from cluster.store import ResultStore
+from cluster.workers import Workers
+from cluster.workload import PromptRecord, Workload
+from evaluators.base import Score
+
+SAMPLING = Sampling(width=16, height=16, steps=1, guidance=1.0, max_sequence_length=8)
+PROFILE = Profile(
+    name="small",
+    models={"pipeline": "p", "ternary": "t", "detector": "d", "clip": "c"},
+    sampling=SAMPLING,
+    batch_size=4,
+    batches_per_shard=2,
+    dtype="float32",
+    benchmarks=("toy",),
+    variants=("bf16", "ternary"),
+)
+FINGERPRINTS = {"bf16": "a1", "ternary": "b2", "pipeline": "c3", "detector": "d4", "clip": "e5"}
+
+
+def small_workload(name: str = "toy", prompts_a_tag: int = 5, images_per_prompt: int = 2) -> Workload:
+    """Two tags; the prompts of the second one are known to the evaluator by a count."""
+    records = [
+        PromptRecord(index, tag, f"{tag} number {number}", {"tag": tag, "count": number})
+        for index, (tag, number) in enumerate((tag, n) for tag in ("colors", "counting") for n in range(prompts_a_tag))
+    ]
+    return Workload(name, "toy-evaluator", tuple(records), images_per_prompt, 7, "f6")
+
+
+def small_plan(profile: Profile = PROFILE, variants: tuple[str, ...] = ("bf16", "ternary")) -> Plan:
+    """20 images a variant: three shards of 8, 8 and 4."""
+    return build_plan(profile, [small_workload()], variants, fingerprints=FINGERPRINTS)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong. Noise seeds name images; `once` faults strike the first time only, over all processes."""
+
+    folder: Path
+    raise_on: frozenset[int] = frozenset()
+    exit_on: frozenset[int] = frozenset()
+    exit_once_on: frozenset[int] = frozenset()
+    score_raise_on: frozenset[str] = frozenset()
+    start: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def first_time(self, name: str) -> bool:
+        try:
+            (self.folder / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class FakeReplica:
+    """Draws a flat image whose colour is made of variant and seed, whatever else is in the batch."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def start(self, variant: str) -> None:
+        _start("replica", self._faults)
+
+    def draw(self, variant: str, batches: tuple[DrawBatch, ...], *embeddings: str):
+        images = []
+        for batch in batches:
+            assert len(batch.noise_seeds) == len(batch.prompts) == PROFILE.batch_size
+            for slot in batch.kept:
+                images.append(self._image(variant, batch.noise_seeds[slot], embeddings[batch.prompts[slot]]))
+        use = ModelUse(1000, 2000, "cpu-resident", "cpu")
+        return DrawReport((0.5,) * len(images), f"host:{os.getpid()}", use), np.stack(images)
+
+    def _image(self, variant: str, seed: int, embedding: str) -> np.ndarray:
+        assert embedding.startswith("encoded ")
+        time.sleep(self._faults.seconds)
+        if seed in self._faults.raise_on:
+            raise RuntimeError(f"seed {seed} is poisoned")
+        dies = seed in self._faults.exit_once_on and self._faults.first_time(f"exit-{seed}")
+        if dies or seed in self._faults.exit_on:
+            time.sleep(0.1)  # a reply that is under way would be lost with the process
+            os._exit(1)
+        with (self._faults.folder / "draws.txt").open("a") as file:
+            file.write(f"{variant} {seed}\n")
+        color = np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8).reshape(4, 4, 3)
+        return np.tile(color, (4, 4, 1))
+
+
+class FakeEncoder:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def start(self) -> None:
+        _start("text_encoder", self._faults)
+
+    def encode(self, prompts: list[str]):
+        with (self._faults.folder / "encoded.txt").open("a") as file:
+            file.writelines(f"{prompt}\n" for prompt in prompts)
+        return (None, *(f"encoded {prompt}" for prompt in prompts))
+
+
+class FakeEvaluator(EvaluatorActor):
+    """The real actor around a scorer without models."""
+
+    def __init__(self, faults: Faults, store: ResultStore) -> None:
+        super().__init__({}, {}, store)
+        self._faults = faults
+
+    def start(self) -> None:
+        _start("evaluator", self._faults)
+        self._evaluators = {"toy": FakeScorer(self._faults)}
+
+
+class FakeScorer:
+    fingerprint = "toy-1"
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def score(self, images, metadata) -> list[Score]:
+        bad = [m for m in metadata if f"{m['tag']} {m['count']}" in self._faults.score_raise_on]
+        if bad:
+            raise RuntimeError(f"cannot look at {bad[0]}")
+        return [Score(float(m["count"] % 2), m["count"] % 2 == 1, "", [{"label": m["tag"]}]) for m in metadata]
+
+
+def _start(role: str, faults: Faults) -> None:
+    fault = faults.start.get(role)
+    if fault == "user":
+        raise UserError("the checkpoint is damaged: copy it again")
+    if fault == "raise":
+        raise RuntimeError("no such device")
+    if fault == "exit":
+        os._exit(1)
+
+
+def fake_workers(faults: Faults, store: ResultStore) -> Workers:
+    replica, encoder, evaluator = (ray.remote(cls) for cls in (FakeReplica, FakeEncoder, FakeEvaluator))
+    return Workers(
+        lambda: replica.options(num_cpus=1).remote(faults),
+        lambda: encoder.options(num_cpus=0).remote(faults),
+        lambda: evaluator.options(num_cpus=0).remote(faults, store),
+    )
+
+
+def draws(folder: Path) -> list[str]:
+    """One line for each image that was drawn to the end."""
+    path = folder / "draws.txt"
+    return path.read_text().splitlines() if path.exists() else []

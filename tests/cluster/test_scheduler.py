@@ -1,0 +1,159 @@
+"""Whole runs over fake actors on a local Ray, undisturbed and with faults. Each ends with exactly the plan's ids."""
+
+import pytest
+from cluster_fakes import PROFILE, Faults, draws, fake_workers, small_plan
+
+from bitflux_core.errors import UserError
+from cluster.actor_slot import Limits
+from cluster.run import Progress, run
+from cluster.store import ResultStore
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+VOLATILE = ["seconds", "worker", "attempts"]
+LIMITS = Limits(start_timeout_s=30)
+
+
+def finish(plan, store, faults, **options):
+    """Runs to the end; the summary and the rows, once their ids are known to be the plan's."""
+    options = {"replicas": 2, "limits": LIMITS, **options}
+    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), **options)
+    assert summary.complete, summary.reason
+    rows = store.read_rows().to_pylist()
+    expected = [sample_id for shard in plan.shards for sample_id in plan.sample_ids(shard)]
+    assert sorted(row["sample_id"] for row in rows) == sorted(expected)
+    return summary, rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray, tmp_path_factory):
+    """The rows of the small plan, by id, where one replica draws it and nothing goes wrong."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    _, rows = finish(small_plan(), ResultStore(str(folder / "results"), "r1"), Faults(folder), replicas=1)
+    return by_id(rows)
+
+
+def by_id(rows):
+    return {row["sample_id"]: {k: v for k, v in row.items() if k not in VOLATILE} for row in rows}
+
+
+def seed_at(plan, shard: int, position: int) -> int:
+    return plan.shards[shard].samples[position].noise_seed
+
+
+def test_one_and_two_replicas_give_the_same_rows(plan, store, tmp_path, undisturbed):
+    events: list[Progress] = []
+    summary, rows = finish(plan, store, Faults(tmp_path), progress=events.append)
+    assert by_id(rows) == undisturbed
+    assert sorted(draws(tmp_path)) == sorted(set(draws(tmp_path)))
+    assert len(draws(tmp_path)) == plan.n_samples == 40
+    assert [(e.stage, e.done) for e in (events[0], events[-1])] == [("starting", 0), ("verifying", 40)]
+    assert {m.variant: (m.storage_bytes, m.peak_memory_bytes, m.seconds_per_image) for m in summary.models} == {
+        "bf16": (1000, 2000, 0.5),
+        "ternary": (1000, 2000, 0.5),
+    }
+    encoded = (tmp_path / "encoded.txt").read_text().splitlines()
+    assert sorted(encoded) == sorted(plan.prompts)  # each once, for both variants
+
+
+def test_rows_say_what_was_drawn_and_scored(plan, store, tmp_path):
+    _, rows = finish(plan, store, Faults(tmp_path))
+    row = next(r for r in rows if (r["variant"], r["prompt_index"], r["image_index"]) == ("ternary", 6, 1))
+    assert (row["tag"], row["prompt"], row["score"], row["correct"]) == ("counting", "counting number 1", 1.0, True)
+    assert (row["model_fingerprint"], row["evaluator_fingerprint"], row["attempts"]) == ("b2", "toy-1", 1)
+    assert row["image_path"].startswith("images/ternary/toy/00006_01-")
+    assert store.read(row["image_path"]).startswith(b"\x89PNG")
+
+
+def test_a_complete_run_starts_no_actor(plan, store, tmp_path):
+    first, _ = finish(plan, store, Faults(tmp_path))
+    drawn = len(draws(tmp_path))
+    again, _ = finish(plan, store, Faults(tmp_path, start={"replica": "raise"}))
+    assert again == first
+    assert len(draws(tmp_path)) == drawn
+
+
+def test_a_replica_killed_in_the_middle_of_a_shard_is_replaced(plan, store, tmp_path, undisturbed):
+    faults = Faults(tmp_path, exit_once_on=frozenset({seed_at(plan, 2, 5)}))
+    _, rows = finish(plan, store, faults)
+    assert by_id(rows) == undisturbed
+    assert max(row["attempts"] for row in rows) == 2
+
+
+@pytest.mark.parametrize("kind", ["raise_on", "exit_on"])
+def test_a_poisoned_sample_is_isolated_and_the_others_are_scored(plan, store, tmp_path, kind, undisturbed):
+    bad = plan.shards[0].samples[2]
+    _, rows = finish(plan, store, Faults(tmp_path, **{kind: frozenset({bad.noise_seed})}))
+    failed = [row for row in rows if row["error"]]
+    assert {(row["pair_id"], row["variant"]) for row in failed} == {(bad.pair_id, v) for v in plan.variants}
+    assert all(row["error"].startswith("draw: ") and row["score"] is None for row in failed)
+    # Whole shard 3 times, its two batches once, their halves once, the sample alone 3 times.
+    assert all(row["attempts"] == 8 for row in failed)
+    healthy = {key: row for key, row in by_id(rows).items() if row["error"] is None}
+    assert healthy == {key: undisturbed[key] for key in healthy}
+
+
+def test_an_image_that_the_evaluator_fails_on_is_isolated(plan, store, tmp_path):
+    _, rows = finish(plan, store, Faults(tmp_path, score_raise_on=frozenset({"colors 3"})))
+    failed = {(row["tag"], row["prompt"], row["error"][:6]) for row in rows if row["error"]}
+    assert failed == {("colors", "colors number 3", "score:")}
+    assert sum(row["error"] is not None for row in rows) == 4  # two images, two variants
+
+
+@pytest.mark.parametrize("role", ["replica", "text_encoder", "evaluator"])
+@pytest.mark.parametrize(("fault", "reason"), [("raise", "no such device"), ("exit", "its process ended")])
+def test_an_actor_that_does_not_start_ends_the_run_with_the_reason(plan, store, tmp_path, role, fault, reason):
+    faults = Faults(tmp_path, start={role: fault})
+    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2, limits=LIMITS)
+    assert not summary.complete
+    assert summary.reason
+    assert "does not start" in summary.reason
+    assert reason in summary.reason
+    assert store.manifest() is None
+
+
+def test_a_cluster_without_room_ends_the_run_with_the_reason(plan, store, tmp_path):
+    workers = fake_workers(Faults(tmp_path), store)
+    roomless = type(workers)(lambda: _too_large(workers.replica), workers.text_encoder, workers.evaluator)
+    summary = run(plan, PROFILE, None, store, workers=roomless, replicas=1, limits=Limits(starts=1, start_timeout_s=2))
+    assert not summary.complete
+    assert "does the cluster have room" in (summary.reason or "")
+
+
+def _too_large(create):
+    import ray
+    from cluster_fakes import FakeReplica
+
+    return ray.remote(FakeReplica).options(num_cpus=64).remote(None)
+
+
+def test_a_users_mistake_found_in_an_actor_reaches_the_caller(plan, store, tmp_path):
+    faults = Faults(tmp_path, start={"replica": "user"})
+    with pytest.raises(UserError, match="the checkpoint is damaged"):
+        run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2, limits=LIMITS)
+
+
+def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(store, tmp_path):
+    plan = small_plan()
+    seeds = frozenset(sample.noise_seed for shard in plan.shards for sample in shard.samples)
+    faults = Faults(tmp_path, raise_on=seeds)
+    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=1, limits=LIMITS)
+    assert not summary.complete
+    assert "8 times in a row" in (summary.reason or "")
+    assert summary.n_done == 0
+
+
+def test_missing_shards_alone_are_drawn_again(plan, store, tmp_path):
+    _, rows = finish(plan, store, Faults(tmp_path))
+    resumed = ResultStore(str(tmp_path / "resumed"), "r1")
+    resumed.open(plan)
+    lost = plan.shards[3]
+    for key, name in store.shards().items():
+        if key != lost.key:
+            target = tmp_path / "resumed" / "run_id=r1" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(store.read(name))
+    (tmp_path / "draws.txt").unlink()
+    _, again = finish(plan, resumed, Faults(tmp_path))
+    assert sorted(draws(tmp_path)) == sorted(f"{lost.key.variant} {s.noise_seed}" for s in lost.samples)
+    assert by_id(again) == by_id(rows)
