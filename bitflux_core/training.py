@@ -103,6 +103,11 @@ class Progress:
         self.name, self.steps, self.rank, self.every = name, steps, rank, every
         self.start = self.last = time.monotonic()
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
     def report(self, step: int, loss: Tensor) -> None:
         now = time.monotonic()
         if now - self.last < self.every and step + 1 < self.steps:
@@ -112,7 +117,7 @@ class Progress:
         if not math.isfinite(value):
             raise FloatingPointError(f"{self.name}: the loss is {value} at step {step}")
         if self.rank == 0:
-            spent = time.monotonic() - self.start
+            spent = self.elapsed
             print(
                 f"{self.name}: step {step + 1}/{self.steps} loss {value:.4f} "
                 f"{1000 * spent / (step + 1):.1f} ms/step {spent:.0f} s",

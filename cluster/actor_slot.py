@@ -29,7 +29,7 @@ class Limits:
 
     attempts: int = 3
     starts: int = 2
-    failures: int = 8
+    failures: int = 32
     start_timeout_s: float = 900.0
     grace_s: float = 2.0
 

@@ -77,7 +77,8 @@ def run(
         workers = workers or model_workers(plan, profile, files, store)
         count = replicas or default_replicas(profile.resources, len(plan.variants))
         count = min(count, len(missing))
-        reason = asyncio.run(_draw(plan, missing, store, workers, count, limits or Limits(), counter.add))
+        proven = {key.variant for key, record in found.items() if record.n_failed < record.n_rows}
+        reason = asyncio.run(_draw(plan, missing, store, workers, count, limits or Limits(), proven, counter.add))
         counter.report("verifying")
         found = scan(store, plan)
     return _verified(plan, store, found, reason)
@@ -90,10 +91,11 @@ async def _draw(
     workers: Workers,
     replicas: int,
     limits: Limits,
+    proven: set[str],
     committed: Callable[[list[Row]], None],
 ) -> str | None:
     """Runs the scheduler; why it stopped early, or None."""
-    scheduler = Scheduler(plan, shards, store, workers, replicas, limits, committed)
+    scheduler = Scheduler(plan, shards, store, workers, replicas, limits, proven, committed)
     try:
         with _stopped_by_signals(scheduler):
             await scheduler.run()

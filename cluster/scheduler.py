@@ -7,7 +7,7 @@ The buffer between them is bounded, so replicas wait for slow evaluators.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,15 @@ class Scheduler:
         workers: Workers,
         replicas: int,
         limits: Limits,
+        proven: Iterable[str],
         committed: Callable[[list[Row]], None],
     ) -> None:
-        """`committed` is called with the rows of every shard once its file is in the store."""
+        """`proven` are the variants that gave an image before; `committed` is called with the rows of every shard once
+        its file is in the store."""
         self._plan = plan
         self._store = store
         self._limits = limits
+        self._proven = set(proven)
         self._committed = committed
         self._queue = PieceQueue(shards)
         self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue(maxsize=replicas)
@@ -176,6 +179,7 @@ class Scheduler:
                 else:
                     rows = scored_rows(self._plan, self._store.run_id, piece, drawn.report, scored, drawn.worker)
                     key = piece.shard.key
+                    self._proven.add(key.variant)
                     self._uses[key] = drawn.report.use.joined(self._uses.get(key))
                     self._settle(piece, rows)
                     break
@@ -202,8 +206,11 @@ class Scheduler:
         if len(piece.positions) > 1:
             for half in piece.halves(self._plan.batch_size):
                 self._queue.put(half)
-        else:
+        elif piece.shard.key.variant in self._proven:
             self._settle(piece, failed_rows(self._plan, self._store.run_id, piece, message))
+        else:
+            # Error rows are for good, so they are not written for what may be the models' or the machine's fault.
+            raise RunStopped(f"no image of variant {piece.shard.key.variant} could be made: {message}")
         return None
 
     def _settle(self, piece: Piece, rows: dict[int, Row]) -> None:

@@ -64,7 +64,10 @@ class ColorClassifier(Protocol):
 
 
 class Evaluator(Protocol):
-    """Scores images of one benchmark. An image that cannot be scored gets `Score.failed`, never an exception."""
+    """Scores images of one benchmark. An image that cannot be scored gets `Score.failed`, never an exception.
+
+    Exceptions are left to what is no image's fault: a device that fails or runs out of memory.
+    """
 
     fingerprint: str
 

@@ -3,7 +3,7 @@
 Legend: N images or texts, D feature dimensions, L colours, T templates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class ClipModel:
         tokens = self.tokenizer(list(texts))
         return torch.cat([self._unit(self.model.encode_text, part) for part in tokens.split(self.batch_size)])
 
-    def _unit(self, encode, part_BX: Tensor) -> Tensor:
+    def _unit(self, encode: Callable[[Tensor], Tensor], part_BX: Tensor) -> Tensor:
         features_BD = encode(pad_batch(part_BX, self.batch_size).to(self.device))[: len(part_BX)]
         return F.normalize(features_BD.float(), dim=-1).cpu()
 

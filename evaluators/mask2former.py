@@ -117,17 +117,20 @@ class Mask2FormerDetector:
     def _detect_batch(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
         pixels_BCHW = pad_batch(self.preprocessing.pixels(images, self.device), self.batch_size)
         output = self.model(pixel_values=pixels_BCHW)
-        height, width = images[0].shape[:2]
-        network_size = self.preprocessing.network_size(height, width)
-        detections = []
+        padded_size, image_size = pixels_BCHW.shape[-2:], images[0].shape[:2]
+        network_size = self.preprocessing.network_size(*image_size)
+        found: list[list[Detection]] = []
         for index in range(len(images)):
-            logits_QC, masks_Qhw = output.class_queries_logits[index], output.masks_queries_logits[index]
-            label_K, score_K, query_K = candidates(logits_QC, self.min_score)
+            label_K, score_K, query_K = candidates(output.class_queries_logits[index], self.min_score)
+            if len(query_K) == 0:
+                found.append([])
+                continue
             query_U, place_K = query_K.unique(return_inverse=True)
-            masks_UHW = full_size_masks(masks_Qhw[query_U], pixels_BCHW.shape[-2:], network_size, (height, width))
+            masks_Uhw = output.masks_queries_logits[index][query_U]
+            masks_UHW = full_size_masks(masks_Uhw, padded_size, network_size, image_size)
             score_K = score_K * mask_confidence(masks_UHW)[place_K]
-            detections.append(self._build(label_K, score_K, (masks_UHW > 0)[place_K]))
-        return detections
+            found.append(self._build(label_K, score_K, (masks_UHW > 0)[place_K]))
+        return found
 
     def _build(self, label_K: Tensor, score_K: Tensor, mask_KHW: Tensor) -> list[Detection]:
         """Detections of the candidates that score more than `min_score` and have a mask, best first."""
@@ -151,13 +154,13 @@ def candidates(logits_QC: Tensor, min_score: float) -> tuple[Tensor, Tensor, Ten
 
 
 def full_size_masks(
-    masks_Uhw: Tensor, padded_size: Sequence[int], network_size: tuple[int, int], image_size: tuple[int, int]
+    masks_Uhw: Tensor, padded_size: Sequence[int], network_size: Sequence[int], image_size: Sequence[int]
 ) -> Tensor:
     """Mask logits at the image's size, [U, H, W]: up to the padded input, the padding cut off, then to the image."""
     masks_1UHW = F.interpolate(masks_Uhw[None].float(), tuple(padded_size), mode="bilinear", align_corners=False)
     masks_1UHW = masks_1UHW[..., : network_size[0], : network_size[1]]
-    if network_size != image_size:
-        masks_1UHW = F.interpolate(masks_1UHW, image_size, mode="bilinear", align_corners=False)
+    if tuple(network_size) != tuple(image_size):
+        masks_1UHW = F.interpolate(masks_1UHW, tuple(image_size), mode="bilinear", align_corners=False)
     return masks_1UHW[0]
 
 
@@ -177,7 +180,7 @@ def mask_extent(mask_HW: np.ndarray) -> Box:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from drawing progress bars and from warning of backbones other than Swin, which it runs well."""
+    """No progress bars from transformers, and no warning that a backbone other than Swin may not work: they do."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

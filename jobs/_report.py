@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster.plan import Plan
 from cluster.store import ResultStore
-from evaluators.statistics import OVERALL, Bounds, Comparison, compare, interval
+from evaluators.statistics import OVERALL, Comparison, compare, interval
 from jobs._plan_report import images_by_tag
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _comparison_table(comparisons: list[Comparison]) -> Table:
     table = _tag_table(f"{variant} against {baseline}, scores in %", columns)
     for c in comparisons:
         scores = (_percent(c.baseline_score), _percent(c.variant_score), _percent(c.delta, "+"))
-        bounds = _bounds((c.ci_low, c.ci_high), "+")
+        bounds = _bounds(c.ci_low, c.ci_high, "+")
         _add_tag(table, c.benchmark, c.tag, *scores, bounds, str(c.n_expected), str(c.n_failed))
     return table
 
@@ -98,7 +98,7 @@ def _score_table(plan: Plan, rows: Rows) -> Table:
     table = _tag_table(f"{variant}, scores in %", (variant, "95 % interval", "images", "failures"))
     for benchmark, expected in images_by_tag(plan).items():
         for e in interval(rows[variant, benchmark], expected=expected):
-            bounds = _bounds((e.ci_low, e.ci_high))
+            bounds = _bounds(e.ci_low, e.ci_high)
             _add_tag(table, benchmark, e.tag, _percent(e.score), bounds, str(e.n_expected), str(e.n_failed))
     return table
 
@@ -132,8 +132,7 @@ def _percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
-def _bounds(bounds: Bounds, sign: str = "") -> str:
-    low, high = bounds
+def _bounds(low: float | None, high: float | None, sign: str = "") -> str:
     return "-" if low is None or high is None else f"{_percent(low, sign)} to {_percent(high, sign)}"
 
 

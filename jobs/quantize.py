@@ -46,7 +46,7 @@ def _quantize(args: Namespace) -> int:
     save_ternary(transformer, output, provenance, method=args.method)
 
     sizes = size_report(transformer)
-    print(f"{len(layers)} layers, {sizes.ternary_share:.2%} of {sizes.total_params / 1e9:.2f} B parameters ternary")
+    print(f"{len(layers)} layers, {sizes.ternary_share:.2%} of {sizes.total_params:,} parameters ternary")
     print(f"signal to noise: {min(layer.snr_db for layer in layers):.1f} dB in the worst layer")
     megabytes = f"{sizes.bf16_bytes / 1e6:,.1f} MB in bf16, {sizes.storage_bytes / 1e6:,.1f} MB ternary"
     print(f"storage: {megabytes} ({sizes.ratio:.2f}x)")

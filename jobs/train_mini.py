@@ -4,10 +4,11 @@
     python jobs/train_mini.py --output DIR --stages detector,clip               some stages
     torchrun --nproc-per-node 2 jobs/train_mini.py --output DIR --stages teacher   one stage on two GPUs
 
-Each stage reads what earlier ones wrote to DIR (`flux`, `detector`, `clip`, `ternary`) and writes its own folder.
+Each stage reads what earlier ones wrote to DIR (`flux`, `detector`, `clip`, `ternary`) and writes a folder there.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 import open_clip
 import torch
 from diffusers import FluxPipeline
+from transformers import Mask2FormerForUniversalSegmentation
 
 from bitflux_core.checkpoint import save_ternary
 from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
@@ -45,9 +47,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)} (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=512, help="scenes a step and GPU of the teacher")
-    parser.add_argument("--images", type=int, default=400000, help="rendered scenes a GPU that the teacher learns from")
+    parser.add_argument("--images", type=int, default=250000, help="rendered scenes a GPU that the teacher learns from")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--teacher-steps", type=int, default=23000)
+    parser.add_argument("--teacher-seconds", type=float, help="end the flow phase after this time, decay included")
     parser.add_argument("--guidance-steps", type=int, default=2000)
     parser.add_argument("--detector-steps", type=int, default=3000)
     parser.add_argument("--clip-steps", type=int, default=1000)
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def stage_vae(args: argparse.Namespace, device: torch.device) -> None:
     pipeline = build_pipeline(args.seed)
-    train_vae(pipeline.vae, steps=args.vae_steps, batch=128, device=device, seed=args.seed)
+    train_vae(pipeline.vae, steps=args.vae_steps, batch=64 if device.type == "cuda" else 4, device=device, seed=args.seed)
     save_pipeline(pipeline, args.output / "flux")
 
 
@@ -93,17 +96,19 @@ def stage_teacher(args: argparse.Namespace, device: torch.device) -> None:
         device=device,
         seed=args.seed,
         optimizer=args.optimizer,
-        after_flow=lambda: pipeline.save_pretrained(args.output / "flux-before-guidance") if first else None,
+        after_flow=lambda: save_pipeline(copy.deepcopy(pipeline), args.output / "flux-unguided") if first else None,
+        seconds=args.teacher_seconds,
     )
     if first:
         save_pipeline(pipeline, args.output / "flux")
 
 
 def stage_detector(args: argparse.Namespace, device: torch.device) -> None:
+    """Goes on from the detector in the folder, if there is one."""
     torch.manual_seed(args.seed)
-    model = build_detector()
-    train_detector(model, steps=args.detector_steps, batch=256, device=device, seed=args.seed)
     folder = args.output / "detector"
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).float() if folder.exists() else build_detector()
+    train_detector(model, steps=args.detector_steps, batch=256, device=device, seed=args.seed + args.detector_steps)
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 

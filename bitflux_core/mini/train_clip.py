@@ -1,4 +1,4 @@
-"""Trains the mini CLIP contrastively: objects alone on grey with GenEval's colour captions, and whole scenes with prompts."""
+"""Trains the mini CLIP: objects alone on grey with GenEval's colour captions, and whole scenes with their prompts."""
 
 import open_clip
 import torch

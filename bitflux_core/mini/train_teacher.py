@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ PROMPT_DROP = 0.1
 AVERAGE_DECAY = 0.999
 TIME_MEAN, TIME_SPREAD = 0.4, 1.1  # t = sigmoid(mean + spread * normal): the sampler's shift of 3 lives at high noise
 GUIDANCE_RANGE = (1.0, 4.0)
+PACE_EVERY = 200  # steps between two looks at the clock
 
 
 class Velocity(nn.Module):
@@ -127,10 +129,21 @@ class Trainer:
         self.adam.step()
         self.average.update()
 
-    def run(self, name: str, steps: int, rank: int) -> None:
-        """Runs `steps` steps and leaves the averaged weights in the model."""
+    def _affordable_steps(self, step: int, elapsed: float, seconds: float) -> int:
+        """Steps that fit in `seconds` at the pace so far; rank 0's clock speaks for all."""
+        affordable = torch.tensor(step * seconds / elapsed, device=self.device)
+        if self.world > 1:
+            dist.broadcast(affordable, src=0)
+        return int(affordable.item())
+
+    def run(self, name: str, steps: int, rank: int, seconds: float | None = None) -> None:
+        """Runs `steps` steps, or fewer that take about `seconds`, and leaves the averaged weights in the model."""
         progress = Progress(name, steps, rank)
         for step in range(steps):
+            if seconds and step and step % PACE_EVERY == 0:
+                steps = min(steps, self._affordable_steps(step, progress.elapsed, seconds))
+                if step >= steps:
+                    break
             factor = self.scale * warmup_then_linear(step, steps)
             self.lr.fill_(LEARNING_RATE * factor)
             self.matrix_lr.fill_(MATRIX_LEARNING_RATE * factor)
@@ -152,10 +165,12 @@ def train_teacher(
     seed: int,
     optimizer: str = "muon",
     after_flow: Callable[[], None] = lambda: None,
+    seconds: float | None = None,
 ) -> None:
     """Trains the pipeline's transformer and text encoders in place; under torchrun on every GPU, `batch` a GPU.
 
-    `after_flow` is called between the phases, when the pipeline draws without guidance: the place to save it.
+    `after_flow` is called between the phases, when the pipeline draws without guidance: the place to save it. With
+    `seconds` the flow phase makes no more steps than fit in that time.
     """
     rank, world = start_process_group()
     torch.manual_seed(seed)
@@ -186,7 +201,7 @@ def train_teacher(
             v = model(x, t, data.clip_ids_PT[prompt], data.t5_ids_PT[prompt], torch.ones(batch, device=device))
         return (v.float() - target).square().mean()
 
-    Trainer(model, flow_loss, optimizer=optimizer, scale=1.0, world=world).run("flow", steps, rank)
+    Trainer(model, flow_loss, optimizer=optimizer, scale=1.0, world=world).run("flow", steps, rank, seconds)
     after_flow()
 
     frozen = copy.deepcopy(model).eval().requires_grad_(False)

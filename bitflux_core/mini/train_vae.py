@@ -40,17 +40,14 @@ def train_vae(vae: AutoencoderKL, *, steps: int, batch: int, device: torch.devic
         vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, capturable=device.type == "cuda"
     )
     loss_mean = RunningMean(device)
-    vae.to(memory_format=torch.channels_last)
-    decode = torch.compile(vae._decode) if device.type == "cuda" else vae._decode
-    encode = torch.compile(vae._encode) if device.type == "cuda" else vae._encode
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            mean, logvar = encode(pixels).float().chunk(2, dim=1)
+            mean, logvar = vae._encode(pixels).float().chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
             latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-            image = decode(latents, return_dict=False)[0]
+            image = vae._decode(latents, return_dict=False)[0]
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction_loss(image.float(), pixels) + KL_WEIGHT * kl
         loss.backward()

@@ -42,7 +42,10 @@ ANY = -1
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """A prompt and its scene: the shape and colour (`ANY` = free) of each object, the relation of object 1 to object 0."""
+    """A prompt and its scene.
+
+    A shape and a colour (`ANY` = free) for each object; `relation` is that of object 1 to object 0.
+    """
 
     tag: str
     text: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from in_process import ProcessEnded, in_process
 
 from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
@@ -18,11 +19,13 @@ from cluster.pieces import DrawBatch
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
 from cluster.rows import DrawReport, ModelUse
+from cluster.run import RunSummary, run
 from cluster.store import ResultStore
 from cluster.workers import Workers
 from cluster.workload import PromptRecord, Workload
 from evaluators.base import Score
 
+VOLATILE = ("seconds", "worker", "attempts")
 SAMPLING = Sampling(width=16, height=16, steps=1, guidance=1.0, max_sequence_length=8)
 PROFILE = Profile(
     name="small",
@@ -62,6 +65,7 @@ class Faults:
     score_raise_on: frozenset[str] = frozenset()
     start: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    driver: int = field(default_factory=os.getpid)
 
     def first_time(self, name: str) -> bool:
         try:
@@ -69,6 +73,13 @@ class Faults:
         except FileExistsError:
             return False
         return True
+
+    def die(self) -> None:
+        """Ends the actor's process, or what stands for it where the actor lives in the driver's own."""
+        if os.getpid() == self.driver:
+            raise ProcessEnded
+        time.sleep(0.1)  # the answer to the call before may still be on its way
+        os._exit(1)
 
 
 class FakeReplica:
@@ -96,8 +107,7 @@ class FakeReplica:
             raise RuntimeError(f"seed {seed} is poisoned")
         dies = seed in self._faults.exit_once_on and self._faults.first_time(f"exit-{seed}")
         if dies or seed in self._faults.exit_on:
-            time.sleep(0.1)  # a reply that is under way would be lost with the process
-            os._exit(1)
+            self._faults.die()
         with (self._faults.folder / "draws.txt").open("a") as file:
             file.write(f"{variant} {seed}\n")
         color = np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8).reshape(4, 4, 3)
@@ -149,10 +159,18 @@ def _start(role: str, faults: Faults) -> None:
     if fault == "raise":
         raise RuntimeError("no such device")
     if fault == "exit":
-        os._exit(1)
+        faults.die()
 
 
 def fake_workers(faults: Faults, store: ResultStore) -> Workers:
+    """Actors in this process."""
+    return Workers(
+        in_process(FakeReplica, faults), in_process(FakeEncoder, faults), in_process(FakeEvaluator, faults, store)
+    )
+
+
+def ray_workers(faults: Faults, store: ResultStore) -> Workers:
+    """Actors of Ray."""
     replica, encoder, evaluator = (ray.remote(cls) for cls in (FakeReplica, FakeEncoder, FakeEvaluator))
     return Workers(
         lambda: replica.options(num_cpus=1).remote(faults),
@@ -165,3 +183,18 @@ def draws(folder: Path) -> list[str]:
     """One line for each image that was drawn to the end."""
     path = folder / "draws.txt"
     return path.read_text().splitlines() if path.exists() else []
+
+
+def by_id(rows: list[dict]) -> dict[str, dict]:
+    """Rows by sample id, without what may differ between two runs of one plan."""
+    return {row["sample_id"]: {k: v for k, v in row.items() if k not in VOLATILE} for row in rows}
+
+
+def finished_run(plan: Plan, store: ResultStore, **options) -> tuple[RunSummary, list[dict]]:
+    """Runs the plan to its end: the summary and the rows, once their ids are known to be exactly the plan's."""
+    summary = run(plan, PROFILE, None, store, **options)
+    assert summary.complete, summary.reason
+    rows = store.read_rows().to_pylist()
+    expected = [sample_id for shard in plan.shards for sample_id in plan.sample_ids(shard)]
+    assert sorted(row["sample_id"] for row in rows) == sorted(expected)
+    return summary, rows

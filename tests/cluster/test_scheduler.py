@@ -1,40 +1,34 @@
-"""Whole runs over fake actors on a local Ray, undisturbed and with faults. Each ends with exactly the plan's ids."""
+"""Whole runs over fake actors, undisturbed and with faults. Each ends with exactly the plan's ids, or says why not."""
+
+import asyncio
+from dataclasses import replace
 
 import pytest
-from cluster_fakes import PROFILE, Faults, draws, fake_workers, small_plan
+from cluster_fakes import PROFILE, Faults, by_id, draws, fake_workers, finished_run, small_plan
+from in_process import in_process
 
 from bitflux_core.errors import UserError
 from cluster.actor_slot import Limits
 from cluster.run import Progress, run
 from cluster.store import ResultStore
 
-pytestmark = pytest.mark.usefixtures("local_ray")
 
-VOLATILE = ["seconds", "worker", "attempts"]
-LIMITS = Limits(start_timeout_s=30)
+@pytest.fixture(autouse=True)
+def actors_end_without_ray(monkeypatch):
+    monkeypatch.setattr("cluster.actor_slot.ray.kill", lambda actor: actor.kill())
 
 
 def finish(plan, store, faults, **options):
-    """Runs to the end; the summary and the rows, once their ids are known to be the plan's."""
-    options = {"replicas": 2, "limits": LIMITS, **options}
-    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), **options)
-    assert summary.complete, summary.reason
-    rows = store.read_rows().to_pylist()
-    expected = [sample_id for shard in plan.shards for sample_id in plan.sample_ids(shard)]
-    assert sorted(row["sample_id"] for row in rows) == sorted(expected)
-    return summary, rows
+    options = {"workers": fake_workers(faults, store), "replicas": 2, **options}
+    return finished_run(plan, store, **options)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(local_ray, tmp_path_factory):
+@pytest.fixture
+def undisturbed(tmp_path_factory):
     """The rows of the small plan, by id, where one replica draws it and nothing goes wrong."""
     folder = tmp_path_factory.mktemp("undisturbed")
     _, rows = finish(small_plan(), ResultStore(str(folder / "results"), "r1"), Faults(folder), replicas=1)
     return by_id(rows)
-
-
-def by_id(rows):
-    return {row["sample_id"]: {k: v for k, v in row.items() if k not in VOLATILE} for row in rows}
 
 
 def seed_at(plan, shard: int, position: int) -> int:
@@ -104,7 +98,7 @@ def test_an_image_that_the_evaluator_fails_on_is_isolated(plan, store, tmp_path)
 @pytest.mark.parametrize(("fault", "reason"), [("raise", "no such device"), ("exit", "its process ended")])
 def test_an_actor_that_does_not_start_ends_the_run_with_the_reason(plan, store, tmp_path, role, fault, reason):
     faults = Faults(tmp_path, start={role: fault})
-    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2, limits=LIMITS)
+    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2)
     assert not summary.complete
     assert summary.reason
     assert "does not start" in summary.reason
@@ -112,34 +106,30 @@ def test_an_actor_that_does_not_start_ends_the_run_with_the_reason(plan, store, 
     assert store.manifest() is None
 
 
-def test_a_cluster_without_room_ends_the_run_with_the_reason(plan, store, tmp_path):
-    workers = fake_workers(Faults(tmp_path), store)
-    roomless = type(workers)(lambda: _too_large(workers.replica), workers.text_encoder, workers.evaluator)
-    summary = run(plan, PROFILE, None, store, workers=roomless, replicas=1, limits=Limits(starts=1, start_timeout_s=2))
+def test_an_actor_that_finds_no_room_ends_the_run_with_the_reason(plan, store, tmp_path):
+    class Pending:
+        def start(self, variant):
+            return asyncio.get_running_loop().create_future()
+
+    workers = replace(fake_workers(Faults(tmp_path), store), replica=in_process(Pending))
+    summary = run(plan, PROFILE, None, store, workers=workers, replicas=1, limits=Limits(starts=1, start_timeout_s=0.1))
     assert not summary.complete
     assert "does the cluster have room" in (summary.reason or "")
-
-
-def _too_large(create):
-    import ray
-    from cluster_fakes import FakeReplica
-
-    return ray.remote(FakeReplica).options(num_cpus=64).remote(None)
 
 
 def test_a_users_mistake_found_in_an_actor_reaches_the_caller(plan, store, tmp_path):
     faults = Faults(tmp_path, start={"replica": "user"})
     with pytest.raises(UserError, match="the checkpoint is damaged"):
-        run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2, limits=LIMITS)
+        run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2)
 
 
 def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(store, tmp_path):
     plan = small_plan()
     seeds = frozenset(sample.noise_seed for shard in plan.shards for sample in shard.samples)
     faults = Faults(tmp_path, raise_on=seeds)
-    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=1, limits=LIMITS)
+    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=1)
     assert not summary.complete
-    assert "8 times in a row" in (summary.reason or "")
+    assert "no image of variant bf16 could be made: draw: RuntimeError: seed" in (summary.reason or "")
     assert summary.n_done == 0
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import open_clip
@@ -100,7 +101,7 @@ class RgbClip:
     """A stand-in for CLIP: an image's feature is its mean colour away from grey, a text's the colour that it names."""
 
     fingerprint = "rgb"
-    directions = dict(
+    directions: ClassVar = dict(
         zip(COLORS, F.normalize(torch.randn(10, 3, generator=torch.Generator().manual_seed(0))), strict=True)
     )
 

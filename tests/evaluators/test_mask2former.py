@@ -91,6 +91,12 @@ def test_min_score_is_exclusive_and_an_empty_mask_is_no_detection(detector_dir):
     assert [(detection.label, round(detection.score, 3)) for detection in found] == [("circle", 0.429)]
 
 
+def test_an_image_may_hold_nothing(detector_dir):
+    detector = Mask2FormerDetector(detector_dir, batch_size=2, min_score=0.3)
+    answer_with(detector, [[0.0, 0.0, 0.0, 9.0]], torch.full((1, 64, 64), 20.0))
+    assert detector.detect([image(), image()]) == [[], []]
+
+
 def test_one_query_can_be_two_detections_without_nms(detector_dir):
     detector = Mask2FormerDetector(detector_dir, batch_size=1, min_score=0.3)
     masks = torch.full((1, 64, 64), 20.0)

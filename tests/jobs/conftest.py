@@ -1,0 +1,52 @@
+"""A profile over random mini models, so that whole jobs run for real in seconds and need no trained weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bitflux_core.mini import clip as mini_clip
+from bitflux_core.mini import detector as mini_detector
+from bitflux_core.mini.models import build_pipeline
+from jobs import quantize
+
+PROFILE = {
+    "name": "random",
+    "models": {"pipeline": "flux", "ternary": "ternary", "detector": "detector", "clip": "clip"},
+    "sampling": {"width": 64, "height": 64, "steps": 1, "guidance": 2.0, "max_sequence_length": 16},
+    "batch_size": 4,
+    "batches_per_shard": 1,
+    "dtype": "float32",
+    "benchmarks": ["mini-geneval"],
+    "variants": ["bf16", "ternary"],
+    "limit": 1,
+    "images_per_prompt": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of flux, ternary, detector and clip, with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    build_pipeline(seed=0).save_pretrained(folder / "flux")
+    mini_detector.save_detector(mini_detector.build_detector(), folder / "detector")
+    mini_clip.write_config(folder / "clip")
+    torch.manual_seed(0)
+    mini_clip.save_weights(mini_clip.build_clip(folder / "clip"), folder / "clip")
+    assert quantize.main(["--profile", write_profile(folder, folder), "--output", str(folder / "ternary")]) == 0
+    return folder
+
+
+def write_profile(folder: Path, models: Path, **changes: object) -> str:
+    """A profile's file in `folder` that names the models in `models`, with other values for some keys."""
+    profile = {**PROFILE, "models": {role: str(models / name) for role, name in PROFILE["models"].items()}, **changes}
+    path = folder / "random.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return str(path)
+
+
+@pytest.fixture
+def profile(models: Path, tmp_path: Path) -> str:
+    """The path of a profile over those models: six prompts, two images each, two variants."""
+    return write_profile(tmp_path, models)
