@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitflux_core.convert import replace_linear
-from bitflux_core.layers import BLOCKS, block_linears
+from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
 from bitflux_core.optimizers import Muon
 from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
@@ -40,7 +42,6 @@ class DistillSettings:
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
     optimizer: str = "adam"  # of the latent weights: adam | muon
-    feature_weight: float = 0.1  # of the blocks' relative errors beside the velocity's
     own_states: float = 0.5  # share of the slots that the student carries along itself, reached after a third
     seed: int = 0
 
@@ -75,8 +76,10 @@ def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens:
 class LatentTernaryLinear(nn.Module):
     """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear | TernaryLinear):
         super().__init__()
+        if isinstance(linear, TernaryLinear):
+            raise UserError("the teacher is ternary already: distil from a full-precision transformer")
         ternary = least_squares(linear.weight)
         scale_N = ternary.scale_N.clamp(min=1e-8)
         self.latent = nn.Parameter(linear.weight.detach().float() / scale_N[:, None])
@@ -92,7 +95,7 @@ class LatentTernaryLinear(nn.Module):
         return F.linear(x, codes_NK * self.log_scale.exp()[:, None], self.bias)
 
     def ternary(self) -> TernaryWeight:
-        return TernaryWeight(self.codes().detach().to(torch.int8), self.log_scale.detach().exp())
+        return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu())
 
 
 def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
@@ -103,26 +106,16 @@ def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student.train().requires_grad_(True)
 
 
+@torch.no_grad()
 def finish_student(student: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """The trained student with packed TernaryLinear layers, on the CPU, ready for save_ternary."""
-    result = copy.deepcopy(student).cpu().eval().requires_grad_(False)
-    for name, layer in list(result.named_modules()):
+    result = FluxTransformer2DModel.from_config(student.config).eval().requires_grad_(False)
+    # Strict would refuse the latents; the names of everything else, biases included, are the transformer's own.
+    result.load_state_dict(student.state_dict(), strict=False)
+    for name, layer in student.named_modules():
         if isinstance(layer, LatentTernaryLinear):
             replace_linear(result, name, layer.ternary())
     return result
-
-
-class BlockFeatures:
-    """Collects the image tokens that every block hands on."""
-
-    def __init__(self, transformer: FluxTransformer2DModel):
-        self.outputs: list[Tensor] = []
-        for block in _blocks(transformer):
-            block.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output[1]))
-
-    def take(self) -> list[Tensor]:
-        outputs, self.outputs = self.outputs, []
-        return outputs
 
 
 class Distiller:
@@ -141,10 +134,9 @@ class Distiller:
         self.teacher = copy.deepcopy(teacher).to(device).float().eval().requires_grad_(False)
         self.student = make_student(self.teacher).to(device)
         self.start_codes = [layer.codes().to(torch.int8) for layer in self._latent_layers()]
-        self.features = [BlockFeatures(self.teacher), BlockFeatures(self.student)]
         if device.type == "cuda":
-            for block in (*_blocks(self.teacher), *_blocks(self.student)):
-                block.forward = torch.compile(block.forward)  # inside the hooks, unlike block.compile()
+            self.teacher.compile_repeated_blocks()
+            self.student.compile_repeated_blocks()
 
         self.embeds_PTD = conditions.prompt_embeds_PTD.to(device)
         self.pooled_PD = conditions.pooled_PD.to(device)
@@ -158,7 +150,7 @@ class Distiller:
         self.guidance_B = torch.full((batch,), settings.guidance, device=device)
         self.slot_B = torch.arange(batch, device=device)
         self.own_slots = torch.zeros((), device=device)
-        self.velocity_error, self.loss_mean = RunningMean(device), RunningMean(device)
+        self.loss_mean = RunningMean(device)
 
         latents, scales, others = self._parameter_groups()
         self.gradients = FlatGradients([*latents, *scales, *others])
@@ -184,7 +176,7 @@ class Distiller:
             self.update()
             progress.report(step, self.loss_mean.mean)
         print(
-            f"distill: relative velocity error {self.velocity_error.mean.item():.5f}, "
+            f"distill: relative velocity error {self.loss_mean.mean.item():.5f}, "
             f"{self.codes_flipped():.1%} of the codes flipped",
             flush=True,
         )
@@ -212,16 +204,12 @@ class Distiller:
             with torch.no_grad():
                 target_BLC = self.teacher(**inputs)[0].float()
             velocity_BLC = self.student(**inputs)[0].float()
-        error = relative_error(velocity_BLC, target_BLC)
-        theirs, mine = (features.take() for features in self.features)
-        feature_error = torch.stack([relative_error(a, b) for a, b in zip(mine, theirs, strict=True)]).mean()
-        loss = error + self.settings.feature_weight * feature_error
+        loss = relative_error(velocity_BLC, target_BLC)
         self.gradients.zero()
         loss.backward()
         self.gradients.clip(1.0)
         self.muon.step()
         self.adam.step()
-        self.velocity_error.add(error)
         self.loss_mean.add(loss)
         self._advance(target_BLC, velocity_BLC.detach(), sigma_B)
 
@@ -251,10 +239,6 @@ def relative_error(mine: Tensor, theirs: Tensor) -> Tensor:
     """Squared error over the target's mean square, a scalar."""
     theirs = theirs.detach().float()
     return (mine.float() - theirs).square().mean() / theirs.square().mean().clamp(min=1e-8)
-
-
-def _blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
-    return [block for blocks in BLOCKS for block in getattr(transformer, blocks)]
 
 
 def _sampler_sigmas(

@@ -32,7 +32,7 @@ class Muon:
         self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.0
     ):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.groups: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        self.groups: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             self.groups[parameter.shape[0], parameter.shape[1]].append(parameter)
         self.buffers = {shape: [torch.zeros_like(p) for p in group] for shape, group in self.groups.items()}
@@ -40,7 +40,7 @@ class Muon:
     @torch.no_grad()
     def step(self) -> None:
         for (rows, columns), group in self.groups.items():
-            gradients = [p.grad for p in group]
+            gradients = [p.grad for p in group if p.grad is not None]
             buffers = self.buffers[rows, columns]
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             update = torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum))

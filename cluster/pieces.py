@@ -108,12 +108,14 @@ class PieceQueue:
         self._closed = True
         self._arrived.set()
 
-    async def take(self, preferred: str) -> Piece | None:
-        """The next piece of the `preferred` variant, else of the variant with the most left; waits while there is
-        none, since a piece in hand may come back. None once the queue is closed."""
+    async def take(self, preferred: str, leave: int = 0) -> Piece | None:
+        """The next piece of the `preferred` variant, else of the variant with the most left. None once closed.
+
+        Waits while no more than `leave` pieces are there: for others to take, or because one in hand may come back.
+        """
         while not self._closed:
-            pieces = self._waiting.get(preferred) or max(self._waiting.values(), key=len, default=None)
-            if pieces:
+            if sum(map(len, self._waiting.values())) > leave:
+                pieces = self._waiting.get(preferred) or max(self._waiting.values(), key=len)
                 return pieces.popleft()
             self._arrived.clear()
             await self._arrived.wait()

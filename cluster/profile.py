@@ -70,7 +70,7 @@ class Profile(_Declaration):
     def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)} named more than once")
+            raise ValueError(f"{', '.join(repeated)} named more than once; name each once")
         return names
 
 

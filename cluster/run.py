@@ -115,7 +115,7 @@ def _stopped_by_signals(scheduler: Scheduler) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _verified(plan: Plan, store: ResultStore, found: Mapping[ShardKey, ShardRecord], reason: str | None) -> RunSummary:

@@ -35,6 +35,7 @@ class RunStopped(Exception):
 class _Replica:
     slot: ActorSlot
     variant: str  # of the last piece sent: the next one should be of the same
+    in_hand: int = 0  # pieces sent and not yet drawn
 
 
 @dataclass
@@ -130,6 +131,7 @@ class Scheduler:
 
     async def _serve_evaluator(self) -> None:
         await self._evaluator.start()
+        _check(self._evaluator)
         await asyncio.gather(*(self._score_lane() for _ in range(LANES)))
 
     async def _serve_replica(self, replica: _Replica) -> None:
@@ -139,11 +141,17 @@ class Scheduler:
 
     async def _draw_lane(self, replica: _Replica) -> None:
         """Pulls and draws pieces until the work is done or the replica's slot is retired."""
-        while not replica.slot.retired and (piece := await self._queue.take(replica.variant)):
+        while not replica.slot.retired:
+            # The last pieces are for replicas with nothing to do, not for prefetching.
+            leave = len(self._replicas) - 1 if replica.in_hand else 0
+            piece = await self._queue.take(replica.variant, leave)
+            if piece is None:
+                return
             replica.variant = piece.shard.key.variant
+            replica.in_hand += 1
             prompts, batches = padded_batches(piece, self._plan.batch_size)
             try:
-                drawn = await self._draw(replica, piece, prompts, batches)
+                await self._drawn.put(await self._draw(replica, piece, prompts, batches))
             except UserError:
                 raise
             except Exception as error:
@@ -151,8 +159,8 @@ class Scheduler:
                 self._embeddings.forget(prompts)
                 if again := self._failed(piece, "draw", error):
                     self._queue.put(again)
-            else:
-                await self._drawn.put(drawn)
+            finally:
+                replica.in_hand -= 1
 
     async def _draw(
         self, replica: _Replica, piece: Piece, prompts: list[str], batches: tuple[DrawBatch, ...]
@@ -164,25 +172,29 @@ class Scheduler:
         return _Drawn(piece, report, images, replica.slot.name)
 
     async def _score_lane(self) -> None:
-        """Scores what was drawn. An image that fails is tried again as it is, until its piece has to be cut."""
         while True:
-            drawn = await self._drawn.get()
-            piece: Piece | None = drawn.piece
-            while piece:
-                try:
-                    scored = await self._score(piece, drawn.images)
-                except (UserError, StorageError):
-                    raise
-                except Exception as error:
-                    _check(self._evaluator)
-                    piece = self._failed(piece, "score", error)
-                else:
-                    rows = scored_rows(self._plan, self._store.run_id, piece, drawn.report, scored, drawn.worker)
-                    key = piece.shard.key
-                    self._proven.add(key.variant)
-                    self._uses[key] = drawn.report.use.joined(self._uses.get(key))
-                    self._settle(piece, rows)
-                    break
+            await self._score_drawn(await self._drawn.get())
+
+    async def _score_drawn(self, drawn: _Drawn) -> None:
+        """Scores a piece's images and keeps its rows. Where that fails it tries the same images again, until the piece
+        has to be cut."""
+        piece: Piece | None = drawn.piece
+        while piece:
+            try:
+                scored = await self._score(piece, drawn.images)
+            except (UserError, StorageError):
+                raise
+            except Exception as error:
+                _check(self._evaluator)
+                piece = self._failed(piece, "score", error)
+            else:
+                key = piece.shard.key
+                self._proven.add(key.variant)
+                self._uses[key] = drawn.report.use.joined(self._uses.get(key))
+                self._settle(
+                    piece, scored_rows(self._plan, self._store.run_id, piece, drawn.report, scored, drawn.worker)
+                )
+                return
 
     async def _score(self, piece: Piece, images: Any) -> list[ScoredImage]:
         key = piece.shard.key

@@ -18,6 +18,10 @@ from cluster.text_encoder import TextEncoderActor
 if TYPE_CHECKING:
     from cluster.model_files import ModelFiles
 
+# A replica a core, and the helpers beside them, fit on any machine. Not 0: a head node without cores runs no models.
+REPLICA_CPUS = 0.8
+HELPER_CPUS = 0.1
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -34,12 +38,10 @@ class Workers:
 
 def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: ResultStore) -> Workers:
     """The actors that hold real models."""
-    on_gpus = cluster_gpus() > 0
     asked = profile.resources
-    replica = _actor(ReplicaActor, asked.replica_gpus, on_gpus, cpus=1)
-    # Without GPUs the helpers ask for nothing, so that two replicas fill a machine of two cores.
-    text_encoder = _actor(TextEncoderActor, asked.text_encoder_gpus, on_gpus, cpus=int(on_gpus))
-    evaluator = _actor(EvaluatorActor, asked.evaluator_gpus, on_gpus, cpus=int(on_gpus))
+    replica = _actor(ReplicaActor, REPLICA_CPUS, asked.replica_gpus)
+    text_encoder = _actor(TextEncoderActor, HELPER_CPUS, asked.text_encoder_gpus)
+    evaluator = _actor(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus)
     evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}
     models = {"detector": files.detector, "clip": files.clip}
     return Workers(
@@ -49,10 +51,10 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     )
 
 
-def _actor(cls: type, gpus: float, on_gpus: bool, cpus: int) -> Any:
+def _actor(cls: type, cpus: float, gpus: float) -> Any:
     # The scheduler replaces actors itself, and queues a second call on each: Ray must neither restart nor interleave.
     options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-    return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus if on_gpus else 0, **options)
+    return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus if cluster_gpus() else 0, **options)
 
 
 def cluster_gpus() -> float:

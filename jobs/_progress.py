@@ -19,7 +19,7 @@ class ProgressReport:
 
     def __init__(self, console: Console):
         self._console = console
-        self._started = time.monotonic()
+        self._pace = Pace(time.monotonic())
         self._last_line = float("-inf")
         self._bar = Bar(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("images", total=None, stage="starting", left="")
@@ -32,20 +32,29 @@ class ProgressReport:
         self._bar.stop()
 
     def __call__(self, event: "Progress") -> None:
-        left = time_left(event, time.monotonic() - self._started)
+        now = time.monotonic()
+        left = self._pace.time_left(event, now)
         if event.failed:
             left = f"{event.failed} failed  {left}"
         self._bar.update(self._task, completed=event.done, total=event.total, stage=event.stage, left=left)
-        now = time.monotonic()
         if self._bar.disable and (event.done == event.total or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
             self._console.print(f"{event.stage}: {event.done}/{event.total} images  {left}")
 
 
-def time_left(event: "Progress", elapsed: float) -> str:
-    """`ETA 1:02:03`: `elapsed` seconds drew what this process drew, start-up included. Empty before and after that."""
-    drawn = event.done - event.resumed
-    if drawn <= 0 or event.done >= event.total:
-        return ""
-    seconds = round(elapsed * (event.total - event.done) / drawn)
-    return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+class Pace:
+    """Seconds an image. Counted from the first images drawn, since starting up takes long and says nothing of them."""
+
+    def __init__(self, started: float):
+        self._from: tuple[float, int] | None = None
+        self._started = started
+
+    def time_left(self, event: "Progress", now: float) -> str:
+        """`ETA 1:02:03` at the time `now`; empty before the first image of this process and after the last."""
+        if event.done <= event.resumed or event.done >= event.total:
+            return ""
+        if self._from is None:
+            self._from = (now, event.done)
+        since, done = self._from if event.done > self._from[1] else (self._started, event.resumed)
+        seconds = round((now - since) * (event.total - event.done) / (event.done - done))
+        return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -54,6 +54,7 @@ def _evaluate(args: Namespace) -> int:
     _ray.prepare()
     profile = _profile(args)
     workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
+    _check_variants(profile.variants)
     plan = build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
     console = console_on(sys.stderr if args.json else sys.stdout)
     if args.dry_run:
@@ -71,7 +72,7 @@ def _evaluate(args: Namespace) -> int:
 
 def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultStore, "RunSummary"]:
     """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
-    # Heavy imports, torch and ray among them, only after what can be refused without them.
+    # Importing torch and ray takes longest: only after what can be refused without them.
     from bitflux_core.generate import check_prompt_lengths
     from cluster.model_files import fingerprints, locate_models
     from cluster.output import alive_nodes, check_output
@@ -80,11 +81,16 @@ def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultSt
     models = locate_models(profile, profile.variants)
     check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
     plan = replace(plan, fingerprints=fingerprints(models, profile.variants))
-    with _ray.connected():
-        output = check_output(args.output or DEFAULT_OUTPUT, alive_nodes(), _ray.in_submitted_job())
-        store = ResultStore(output, _run_id(args, plan))
-        if args.fresh and store.plan_digest():
-            raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
+    submitted = _ray.in_submitted_job()
+    output = check_output(args.output or DEFAULT_OUTPUT, [], submitted)
+    store = ResultStore(output, _run_id(args, plan))
+    if args.fresh and store.plan_digest():
+        raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
+    store.open(plan)
+    complete = store.manifest() is not None  # then it is only read
+    with contextlib.nullcontext() if complete else _ray.connected():
+        if not complete:
+            check_output(output, alive_nodes(), submitted)
         with ProgressReport(console_on(sys.stderr)) as progress:
             summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
     return plan, store, summary
@@ -92,15 +98,17 @@ def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultSt
 
 def _profile(args: Namespace) -> Profile:
     """The profile with what the command line changes in it."""
-    from bitflux_core.variants import VARIANTS
-
     fields = ("benchmarks", "variants", "limit", "images_per_prompt")
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
-    profile = changed(load_profile(args.profile), given)
-    unknown = [variant for variant in profile.variants if variant not in VARIANTS]
+    return changed(load_profile(args.profile), given)
+
+
+def _check_variants(variants: tuple[str, ...]) -> None:
+    from bitflux_core.variants import VARIANTS
+
+    unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown:
         raise UserError(f"unknown variant '{unknown[0]}': choose from {', '.join(VARIANTS)}")
-    return profile
 
 
 def _run_id(args: Namespace, plan: Plan) -> str:

@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quantize(args: Namespace) -> int:
     import torch  # after parsing: a mistake on the command line is answered at once
-    from diffusers import FluxTransformer2DModel
 
     from bitflux_core.accounting import size_report
     from bitflux_core.checkpoint import save_ternary
     from bitflux_core.convert import quantize_transformer
     from bitflux_core.files import fingerprint
+    from bitflux_core.variants import load_transformer
     from cluster.manifests import REPOSITORY
     from cluster.model_files import locate
     from cluster.profile import load_profile
@@ -38,11 +38,9 @@ def _quantize(args: Namespace) -> int:
     source = locate(profile, ["pipeline"])["pipeline"]
     output = args.output or REPOSITORY / str(profile.models.ternary)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformer = FluxTransformer2DModel.from_pretrained(
-        source, subfolder="transformer", torch_dtype=torch.bfloat16, local_files_only=True
-    ).to(device)
+    transformer = load_transformer("bf16", pipeline_dir=source, ternary_dir=output, device=device, dtype=torch.bfloat16)
     layers = quantize_transformer(transformer, args.method)
-    provenance = {"source": profile.models.pipeline, "fingerprint": fingerprint(source)}
+    provenance = {"profile": profile.name, "teacher": fingerprint(source / "transformer")}
     save_ternary(transformer, output, provenance, method=args.method)
 
     sizes = size_report(transformer)

@@ -31,11 +31,12 @@ from bitflux_core.mini.models import TOKENS, build_pipeline
 from bitflux_core.mini.train_clip import train_clip
 from bitflux_core.mini.train_detector import train_detector
 from bitflux_core.mini.train_teacher import train_teacher
+from bitflux_core.mini.train_text import train_text
 from bitflux_core.mini.train_vae import train_vae
 from bitflux_core.mini.world import training_prompts
 from bitflux_core.training import use_fast_math
 
-STAGES = ("vae", "teacher", "detector", "clip", "twin")
+STAGES = ("vae", "text", "teacher", "detector", "clip", "twin")
 SHARD_SIZE = "15MB"
 SAMPLER_STEPS, GUIDANCE = 20, 2.0  # as manifests/profiles/mini.yaml draws
 SIDE = 8  # image tokens a side
@@ -49,16 +50,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="scenes a step and GPU of the teacher")
     parser.add_argument("--images", type=int, default=250000, help="rendered scenes a GPU that the teacher learns from")
     parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--text-steps", type=int, default=600)
+    parser.add_argument("--text-batch", type=int, default=256, help="prompts a step of the text encoder's own stage")
     parser.add_argument("--teacher-steps", type=int, default=23000)
-    parser.add_argument("--teacher-seconds", type=float, help="end the flow phase after this time, decay included")
+    parser.add_argument("--teacher-seconds", type=float, help="time the flow phase instead of counting its steps")
     parser.add_argument("--guidance-steps", type=int, default=2000)
     parser.add_argument("--detector-steps", type=int, default=3000)
+    parser.add_argument("--detector-batch", type=int, default=256)
     parser.add_argument("--clip-steps", type=int, default=1000)
     parser.add_argument("--twin-steps", type=int, default=6000)
     parser.add_argument("--twin-prompts", type=int, default=32768, help="prompts that the twin is distilled on")
     parser.add_argument("--twin-lr", type=float, default=2e-3, help="of the latent weights, in units of their scale")
     parser.add_argument("--twin-optimizer", choices=("adam", "muon"), default="adam", help="of the latent weights")
-    parser.add_argument("--twin-features", type=float, default=0.1, help="weight of the blocks' relative errors")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the transformer's matrices")
     return parser.parse_args(argv)
 
@@ -80,7 +83,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def stage_vae(args: argparse.Namespace, device: torch.device) -> None:
     pipeline = build_pipeline(args.seed)
-    train_vae(pipeline.vae, steps=args.vae_steps, batch=64 if device.type == "cuda" else 4, device=device, seed=args.seed)
+    train_vae(
+        pipeline.vae, steps=args.vae_steps, batch=64 if device.type == "cuda" else 4, device=device, seed=args.seed
+    )
+    save_pipeline(pipeline, args.output / "flux")
+
+
+def stage_text(args: argparse.Namespace, device: torch.device) -> None:
+    pipeline = FluxPipeline.from_pretrained(str(args.output / "flux"))
+    accuracy = train_text(
+        pipeline.text_encoder_2,
+        pipeline.tokenizer_2,
+        steps=args.text_steps,
+        batch=args.text_batch,
+        device=device,
+        seed=args.seed,
+    )
+    print("text:", ", ".join(f"{question} {share:.1%}" for question, share in accuracy.items()))
     save_pipeline(pipeline, args.output / "flux")
 
 
@@ -108,7 +127,9 @@ def stage_detector(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     folder = args.output / "detector"
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).float() if folder.exists() else build_detector()
-    train_detector(model, steps=args.detector_steps, batch=256, device=device, seed=args.seed + args.detector_steps)
+    train_detector(
+        model, steps=args.detector_steps, batch=args.detector_batch, device=device, seed=args.seed + args.detector_steps
+    )
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
@@ -139,7 +160,6 @@ def stage_twin(args: argparse.Namespace, device: torch.device) -> None:
         guidance=GUIDANCE,
         latent_lr=args.twin_lr,
         optimizer=args.twin_optimizer,
-        feature_weight=args.twin_features,
         seed=args.seed,
     )
     specs, weights = training_prompts()

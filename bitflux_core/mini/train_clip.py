@@ -8,22 +8,18 @@ from torch.nn import functional as F
 from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
 from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.world import PALETTE, SHAPES, article, training_prompts
+from bitflux_core.mini.world import PALETTE, SHAPES, training_prompts
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
 GREY = 0.6  # GenEval's #999 outside the mask
-CAPTIONS = ("a photo of {a} {color} {shape}", "a photo of {a} {color}-colored {shape}", "a photo of {a} {color} object")
+# GenEval's own wordings: the article is "a" before every color, "orange" included.
+CAPTIONS = ("a photo of a {color} {shape}", "a photo of a {color}-colored {shape}", "a photo of a {color} object")
 
 
 def color_captions() -> list[str]:
     """Captions [color * 24 + shape * 3 + template] of every palette colour and shape, in GenEval's three wordings."""
-    return [
-        caption.format(a=article(color).split()[0], color=color, shape=shape)
-        for color in PALETTE
-        for shape in SHAPES
-        for caption in CAPTIONS
-    ]
+    return [caption.format(color=color, shape=shape) for color in PALETTE for shape in SHAPES for caption in CAPTIONS]
 
 
 def train_clip(

@@ -95,7 +95,7 @@ class Trainer:
     """Optimizers, averaged weights and the captured step of one training phase."""
 
     def __init__(self, model: Velocity, loss: Callable[[], Tensor], *, optimizer: str, scale: float, world: int):
-        self.device, self.world, self.scale = model.image_ids.device, world, scale
+        self.device, self.world, self.scale = model.transformer.device, world, scale
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradients = FlatGradients(parameters)
         self.lr = torch.tensor(0.0, device=self.device)
@@ -137,20 +137,20 @@ class Trainer:
         return int(affordable.item())
 
     def run(self, name: str, steps: int, rank: int, seconds: float | None = None) -> None:
-        """Runs `steps` steps, or fewer that take about `seconds`, and leaves the averaged weights in the model."""
+        """Runs `steps` steps, or as many as take about `seconds`, and leaves the averaged weights in the model."""
         progress = Progress(name, steps, rank)
-        for step in range(steps):
+        step = 0
+        while step < progress.steps:
             if seconds and step and step % PACE_EVERY == 0:
-                steps = min(steps, self._affordable_steps(step, progress.elapsed, seconds))
-                if step >= steps:
-                    break
-            factor = self.scale * warmup_then_linear(step, steps)
+                progress.steps = max(step + 1, self._affordable_steps(step, progress.elapsed, seconds))
+            factor = self.scale * warmup_then_linear(step, progress.steps)
             self.lr.fill_(LEARNING_RATE * factor)
             self.matrix_lr.fill_(MATRIX_LEARNING_RATE * factor)
             self.backward()
             self.gradients.average_over_ranks(self.world)
             self.update()
             progress.report(step, self.loss_mean.mean)
+            step += 1
         self.average.copy_to_live()
 
 
@@ -170,7 +170,7 @@ def train_teacher(
     """Trains the pipeline's transformer and text encoders in place; under torchrun on every GPU, `batch` a GPU.
 
     `after_flow` is called between the phases, when the pipeline draws without guidance: the place to save it. With
-    `seconds` the flow phase makes no more steps than fit in that time.
+    `seconds` the flow phase makes as many steps as fit in that time, whatever `steps` says.
     """
     rank, world = start_process_group()
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ models learn from, `benchmark_prompts` samples the mini GenEval, whose colour pr
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
@@ -153,7 +154,7 @@ def _numeracy(medium: str) -> list[PromptSpec]:
 
 
 # How often training shows each kind of prompt: the hard kinds (binding, relations, counting) most.
-TRAINING_MIX = (
+TRAINING_MIX: tuple[tuple[float, Callable[[str], list[PromptSpec]]], ...] = (
     (0.04, _single),
     (0.12, _two),
     (0.02, _next_to),
@@ -183,7 +184,7 @@ def training_prompts() -> tuple[list[PromptSpec], list[float]]:
 def benchmark_prompts(seed: int = 0) -> list[PromptSpec]:
     """The 553 prompts of the mini GenEval: GenEval's tags, order and counts; all held-out pairs stand in `colors`."""
     rng = random.Random(seed)
-    builders = {
+    builders: dict[str, Callable[[str], list[PromptSpec]]] = {
         "single_object": _single,
         "two_object": _two,
         "counting": _counting,

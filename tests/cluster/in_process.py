@@ -21,6 +21,8 @@ class InProcessActor:
         self._instance = make()
         self._alive = True
         self._last: asyncio.Task[None] | None = None
+        self._unanswered = 0
+        self.most_unanswered = 0  # calls at any one time
 
     def __getattr__(self, method: str) -> "_Method":
         return _Method(self, method, 1)
@@ -30,6 +32,8 @@ class InProcessActor:
 
     def send(self, method: str, args: tuple[Any, ...], num_returns: int) -> Any:
         results = [asyncio.get_running_loop().create_future() for _ in range(num_returns)]
+        self._unanswered += 1
+        self.most_unanswered = max(self.most_unanswered, self._unanswered)
         self._last = asyncio.get_running_loop().create_task(self._answer(self._last, method, args, results))
         return results[0] if num_returns == 1 else results
 
@@ -42,6 +46,8 @@ class InProcessActor:
             if not self._alive:
                 raise ProcessEnded
             value = getattr(self._instance, method)(*values)
+            if asyncio.iscoroutine(value):
+                value = await value
         except ProcessEnded:
             self._alive = False
             _fail(results, ActorDiedError())
@@ -50,6 +56,8 @@ class InProcessActor:
         else:
             for result, part in zip(results, [value] if len(results) == 1 else value, strict=True):
                 result.set_result(part)
+        finally:
+            self._unanswered -= 1
 
 
 class _Method:

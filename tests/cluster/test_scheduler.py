@@ -108,8 +108,8 @@ def test_an_actor_that_does_not_start_ends_the_run_with_the_reason(plan, store, 
 
 def test_an_actor_that_finds_no_room_ends_the_run_with_the_reason(plan, store, tmp_path):
     class Pending:
-        def start(self, variant):
-            return asyncio.get_running_loop().create_future()
+        async def start(self, variant):
+            await asyncio.sleep(3600)
 
     workers = replace(fake_workers(Faults(tmp_path), store), replica=in_process(Pending))
     summary = run(plan, PROFILE, None, store, workers=workers, replicas=1, limits=Limits(starts=1, start_timeout_s=0.1))
@@ -123,18 +123,36 @@ def test_a_users_mistake_found_in_an_actor_reaches_the_caller(plan, store, tmp_p
         run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=2)
 
 
-def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(store, tmp_path):
-    plan = small_plan()
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(failures=10), "replica-0 failed 10 times in a row, at last with RuntimeError: seed"),
+        (Limits(failures=1000), "no image of variant bf16 could be made: draw: RuntimeError: seed"),
+    ],
+)
+def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(plan, store, tmp_path, limits, reason):
     seeds = frozenset(sample.noise_seed for shard in plan.shards for sample in shard.samples)
-    faults = Faults(tmp_path, raise_on=seeds)
-    summary = run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=1)
+    workers = fake_workers(Faults(tmp_path, raise_on=seeds), store)
+    summary = run(plan, PROFILE, None, store, workers=workers, replicas=1, limits=limits)
     assert not summary.complete
-    assert "no image of variant bf16 could be made: draw: RuntimeError: seed" in (summary.reason or "")
-    assert summary.n_done == 0
+    assert reason in (summary.reason or "")
+    assert not store.shards()
+
+
+def test_every_replica_works_on_one_call_while_one_more_waits(plan, store, tmp_path):
+    workers = fake_workers(Faults(tmp_path), store)
+    actors = []
+
+    def create():
+        actors.append(workers.replica())
+        return actors[-1]
+
+    finish(plan, store, Faults(tmp_path), workers=replace(workers, replica=create))
+    assert [actor.most_unanswered for actor in actors] == [2, 2]
 
 
 def test_missing_shards_alone_are_drawn_again(plan, store, tmp_path):
-    _, rows = finish(plan, store, Faults(tmp_path))
+    summary, rows = finish(plan, store, Faults(tmp_path))
     resumed = ResultStore(str(tmp_path / "resumed"), "r1")
     resumed.open(plan)
     lost = plan.shards[3]
@@ -144,6 +162,7 @@ def test_missing_shards_alone_are_drawn_again(plan, store, tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(store.read(name))
     (tmp_path / "draws.txt").unlink()
-    _, again = finish(plan, resumed, Faults(tmp_path))
+    resumed_summary, again = finish(plan, resumed, Faults(tmp_path))
+    assert resumed_summary == summary  # what was drawn before counts in the models' figures
     assert sorted(draws(tmp_path)) == sorted(f"{lost.key.variant} {s.noise_seed}" for s in lost.samples)
     assert by_id(again) == by_id(rows)

@@ -1,5 +1,6 @@
 """A profile over random mini models, so that whole jobs run for real in seconds and need no trained weights."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from jobs import quantize
 
 PROFILE = {
     "name": "random",
-    "models": {"pipeline": "flux", "ternary": "ternary", "detector": "detector", "clip": "clip"},
     "sampling": {"width": 64, "height": 64, "steps": 1, "guidance": 2.0, "max_sequence_length": 16},
     "batch_size": 4,
     "batches_per_shard": 1,
@@ -23,6 +23,7 @@ PROFILE = {
     "limit": 1,
     "images_per_prompt": 2,
 }
+NAMES = {"pipeline": "flux", "ternary": "ternary", "detector": "detector", "clip": "clip"}
 
 
 @pytest.fixture(scope="session")
@@ -34,19 +35,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mini_clip.write_config(folder / "clip")
     torch.manual_seed(0)
     mini_clip.save_weights(mini_clip.build_clip(folder / "clip"), folder / "clip")
-    assert quantize.main(["--profile", write_profile(folder, folder), "--output", str(folder / "ternary")]) == 0
+    assert quantize.main(["--profile", write_profile(folder, NAMES), "--output", str(folder / "ternary")]) == 0
     return folder
 
 
-def write_profile(folder: Path, models: Path, **changes: object) -> str:
-    """A profile's file in `folder` that names the models in `models`, with other values for some keys."""
-    profile = {**PROFILE, "models": {role: str(models / name) for role, name in PROFILE["models"].items()}, **changes}
+def write_profile(folder: Path, models: Mapping[str, str | None], **changes: object) -> str:
     path = folder / "random.yaml"
-    path.write_text(yaml.safe_dump(profile))
+    path.write_text(yaml.safe_dump({**PROFILE, "models": models, **changes}))
     return str(path)
 
 
-@pytest.fixture
-def profile(models: Path, tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def profile(models: Path) -> str:
     """The path of a profile over those models: six prompts, two images each, two variants."""
-    return write_profile(tmp_path, models)
+    return str(models / "random.yaml")
+
+
+@pytest.fixture
+def make_profile(models: Path, tmp_path: Path) -> Callable[..., str]:
+    """Writes that profile with other models (by role) or other values for some keys, and returns its path."""
+
+    def make(others: dict[str, str | None] | None = None, **changes: object) -> str:
+        there = {role: str(models / name) for role, name in NAMES.items()}
+        return write_profile(tmp_path, {**there, **(others or {})}, **changes)
+
+    return make

@@ -1,0 +1,74 @@
+"""The plan is the same for both variants, names its run, and needs no models to be made."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from cluster_fakes import FINGERPRINTS, PROFILE, SAMPLING, small_plan, small_workload
+
+from bitflux_core.errors import UserError
+from cluster.plan import build_plan
+from cluster.workload import PromptRecord, Workload
+
+
+def test_both_variants_have_the_same_pairs_in_the_same_batches():
+    plan = small_plan()
+    parts = {
+        variant: [shard.batches for shard in plan.shards if shard.key.variant == variant] for variant in plan.variants
+    }
+    assert parts["bf16"] == parts["ternary"]
+    assert [[len(batch) for batch in shard] for shard in parts["bf16"]] == [[4, 4], [4, 4], [4]]
+    pairs = [sample.pair_id for shard in parts["bf16"] for batch in shard for sample in batch]
+    assert len(set(pairs)) == 20
+    ids = [sample_id for shard in plan.shards for sample_id in plan.sample_ids(shard)]
+    assert len(set(ids)) == plan.n_samples == 40
+
+
+def test_the_limit_counts_prompts_of_each_tag():
+    plan = build_plan(PROFILE, [small_workload()], ("bf16",), limit=2, images_per_prompt=3)
+    drawn = Counter(sample.tag for shard in plan.shards for sample in shard.samples)
+    assert drawn == {"colors": 6, "counting": 6}
+    assert [prompt.index for prompt in plan.workloads["toy"].prompts.values()] == [0, 1, 5, 6]
+
+
+def test_a_dry_run_plans_all_but_names_no_run():
+    plan = build_plan(PROFILE, [small_workload()], ("bf16", "ternary"))
+    assert (plan.digest, plan.run_id, plan.describe()["images"]) == (None, None, 40)
+
+
+def changed_plans():
+    base = small_plan()
+    yield replace(base, dtype="bfloat16")
+    yield replace(base, sampling=replace(SAMPLING, steps=2))
+    yield replace(base, batch_size=8)
+    yield replace(base, variants=("bf16",))
+    yield replace(base, fingerprints={**FINGERPRINTS, "detector": "other"})
+    yield build_plan(PROFILE, [small_workload(prompts_a_tag=4)], base.variants, fingerprints=FINGERPRINTS)
+    yield build_plan(PROFILE, [small_workload()], base.variants, images_per_prompt=1, fingerprints=FINGERPRINTS)
+    workload = small_workload()
+    records = (replace(workload.prompts[0], metadata={"tag": "colors", "count": 9}), *workload.prompts[1:])
+    yield build_plan(PROFILE, [replace(workload, prompts=records)], base.variants, fingerprints=FINGERPRINTS)
+
+
+def test_the_digest_covers_what_results_depend_on_and_nothing_else():
+    base = small_plan()
+    digests = [plan.digest for plan in changed_plans()]
+    assert len({base.digest, *digests}) == len(digests) + 1
+    assert small_plan(variants=("ternary", "bf16")).digest == base.digest
+    assert small_plan(PROFILE.model_copy(update={"name": "other"})).digest == base.digest
+    assert base.run_id == base.digest[:16]
+
+
+def test_two_workloads_of_one_name_are_refused():
+    with pytest.raises(UserError, match="stands there twice"):
+        build_plan(PROFILE, [small_workload(), small_workload()], ("bf16",))
+
+
+def test_a_full_size_plan_is_quick():
+    """26,212 samples a variant: GenEval and T2I-CompBench together. Seconds of it would mean a quadratic step."""
+    records = tuple(PromptRecord(i, str(i % 8), f"a photo of {i}", {}) for i in range(6553))
+    plan = build_plan(
+        PROFILE, [Workload("big", "e", records, 4, 1, "0")], ("bf16", "ternary"), None, None, FINGERPRINTS
+    )
+    assert plan.n_samples == 2 * 26212
+    assert plan.digest

@@ -1,0 +1,42 @@
+"""--dry-run: the plan of any profile, without weights, results or Ray."""
+
+import json
+import os
+
+import pytest
+
+from cluster.manifests import REPOSITORY
+from jobs import eval_all
+
+UPSTREAM = REPOSITORY.parent / "shared" / "benchmarks"
+
+
+def test_the_default_plan_draws_240_pairs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert eval_all.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "480 images" in printed
+    assert "60 distinct prompts" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_change_the_plan(capsys):
+    arguments = ["--dry-run", "--json", "--limit", "2", "--images-per-prompt", "3", "--variants", "bf16,ternary-int8"]
+    assert eval_all.main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["images_by_tag"]["mini-geneval"] == dict.fromkeys(plan["images_by_tag"]["mini-geneval"], 6)
+    assert plan["variants"] == ["bf16", "ternary-int8"]
+    assert (plan["images"], plan["distinct_prompts"]) == (72, 12)
+
+
+def test_flux_dev_needs_no_weights_to_plan(capsys):
+    if not UPSTREAM.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{UPSTREAM} is missing")
+        pytest.skip(f"{UPSTREAM} is absent")
+    assert eval_all.main(["--dry-run", "--json", "--profile", "flux-dev", "--data-dir", str(UPSTREAM)]) == 0
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
+    assert sum(plan["images_by_tag"]["geneval"].values()) == 2212
+    assert plan["sampling"]["steps"] == 50
+    assert "assumed: guidance 3.5" in captured.err
