@@ -28,6 +28,7 @@ from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 
 ENCODE_BATCH = 512
+PACE_EVERY = 100  # steps between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,28 @@ class Distiller:
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda")
         self.update = capture(self._update, device)
+        self.steps_made = 0
 
-    def run(self) -> FluxTransformer2DModel:
-        """Trains for the settings' steps and returns the finished ternary transformer, on the CPU."""
+    def run(self, seconds: float | None = None) -> FluxTransformer2DModel:
+        """Trains and returns the finished ternary transformer, on the CPU.
+
+        As many steps as the settings say or, with `seconds`, as take about that long.
+        """
         settings = self.settings
         progress = Progress("distill", settings.steps)
-        for step in range(settings.steps):
-            factor = warmup_then_cosine(step, settings.steps)
+        step = 0
+        while step < progress.steps:
+            if seconds and step and step % PACE_EVERY == 0:
+                self.loss_mean.value.item()  # waits for the steps that were only launched
+                progress.steps = max(step + 1, int(step * seconds / progress.elapsed))
+            factor = warmup_then_cosine(step, progress.steps)
             for rate, base in zip(self.rates, (settings.latent_lr, settings.scale_lr, settings.other_lr), strict=True):
                 rate.fill_(base * factor)
-            self.own_slots.fill_(settings.own_states * settings.batch * min(1.0, 3 * step / settings.steps))
+            self.own_slots.fill_(settings.own_states * settings.batch * min(1.0, 3 * step / progress.steps))
             self.update()
             progress.report(step, self.loss_mean.mean)
+            step += 1
+        self.steps_made = step
         print(
             f"distill: relative velocity error {self.loss_mean.mean.item():.5f}, "
             f"{self.codes_flipped():.1%} of the codes flipped",

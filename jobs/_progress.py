@@ -19,7 +19,7 @@ class ProgressReport:
 
     def __init__(self, console: Console):
         self._console = console
-        self._pace = Pace(time.monotonic())
+        self._pace = Pace()
         self._last_line = float("-inf")
         self._bar = Bar(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("images", total=None, stage="starting", left="")
@@ -45,16 +45,17 @@ class ProgressReport:
 class Pace:
     """Seconds an image. Counted from the first images drawn, since starting up takes long and says nothing of them."""
 
-    def __init__(self, started: float):
-        self._from: tuple[float, int] | None = None
-        self._started = started
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
 
     def time_left(self, event: "Progress", now: float) -> str:
-        """`ETA 1:02:03` at the time `now`; empty before the first image of this process and after the last."""
+        """`ETA 1:02:03` at the time `now`; empty while it cannot be told, and at the end."""
         if event.done <= event.resumed or event.done >= event.total:
             return ""
-        if self._from is None:
-            self._from = (now, event.done)
-        since, done = self._from if event.done > self._from[1] else (self._started, event.resumed)
+        if self._first is None:
+            self._first = (now, event.done)
+        since, done = self._first
+        if event.done == done:
+            return ""
         seconds = round((now - since) * (event.total - event.done) / (event.done - done))
         return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import open_clip
@@ -59,6 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--detector-batch", type=int, default=256)
     parser.add_argument("--clip-steps", type=int, default=1000)
     parser.add_argument("--twin-steps", type=int, default=6000)
+    parser.add_argument("--twin-seconds", type=float, help="time the distillation instead of counting its steps")
     parser.add_argument("--twin-prompts", type=int, default=32768, help="prompts that the twin is distilled on")
     parser.add_argument("--twin-lr", type=float, default=2e-3, help="of the latent weights, in units of their scale")
     parser.add_argument("--twin-optimizer", choices=("adam", "muon"), default="adam", help="of the latent weights")
@@ -165,14 +166,20 @@ def stage_twin(args: argparse.Namespace, device: torch.device) -> None:
     specs, weights = training_prompts()
     chosen = random.Random(args.seed).choices(specs, weights, k=args.twin_prompts)
     conditions = encode_conditions(pipeline, [spec.text for spec in chosen], tokens=TOKENS, side=SIDE)
-    student = Distiller(pipeline.transformer, pipeline.scheduler, conditions, settings, device).run()
+    distiller = Distiller(pipeline.transformer, pipeline.scheduler, conditions, settings, device)
+    student = distiller.run(args.twin_seconds)
+    settings = replace(settings, steps=distiller.steps_made)
     provenance = {"source": "mini FLUX", "fingerprint": fingerprint(args.output / "flux"), **asdict(settings)}
     save_ternary(student, args.output / "ternary", provenance, method="self-distillation")
 
 
 def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
-    """bfloat16 weights in shards small enough to commit."""
+    """bfloat16 weights in shards small enough to commit, without the paths of the machine that made them."""
     pipeline.to("cpu", torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def train_detector(
 ) -> None:
     """Trains `model` in place on the training prompts' scenes."""
     specs, weights = training_prompts()
+    weights = [weight * len(spec.shapes) for spec, weight in zip(specs, weights, strict=True)]  # crowds are hardest
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)

@@ -55,7 +55,8 @@ class InProcessActor:
             _fail(results, error)
         else:
             for result, part in zip(results, [value] if len(results) == 1 else value, strict=True):
-                result.set_result(part)
+                if not result.done():  # whoever waited may have given up
+                    result.set_result(part)
         finally:
             self._unanswered -= 1
 

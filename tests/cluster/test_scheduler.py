@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from cluster_fakes import PROFILE, Faults, by_id, draws, fake_workers, finished_run, small_plan
+from cluster_fakes import PROFILE, FakeReplica, Faults, by_id, draws, fake_workers, finished_run, small_plan
 from in_process import in_process
 
 from bitflux_core.errors import UserError
@@ -140,14 +140,19 @@ def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(plan
 
 
 def test_every_replica_works_on_one_call_while_one_more_waits(plan, store, tmp_path):
-    workers = fake_workers(Faults(tmp_path), store)
+    class Slow(FakeReplica):
+        async def draw(self, *args):
+            await asyncio.sleep(0.02)
+            return super().draw(*args)
+
+    faults = Faults(tmp_path)
     actors = []
 
     def create():
-        actors.append(workers.replica())
+        actors.append(in_process(Slow, faults)())
         return actors[-1]
 
-    finish(plan, store, Faults(tmp_path), workers=replace(workers, replica=create))
+    finish(plan, store, faults, workers=replace(fake_workers(faults, store), replica=create))
     assert [actor.most_unanswered for actor in actors] == [2, 2]
 
 

@@ -60,7 +60,7 @@ def test_mini_geneval_has_genevals_tags_and_counts():
     workload = load_workload("mini-geneval")
     assert Counter(prompt.tag for prompt in workload.prompts) == GENEVAL_TAGS
     assert [prompt.index for prompt in workload.prompts] == list(range(553))
-    assert (workload.evaluator, workload.images_per_prompt) == ("geneval", 4)
+    assert (workload.evaluator, workload.images_per_prompt) == ("mini-geneval", 4)
 
 
 def test_mini_geneval_is_the_worlds_own_sample():

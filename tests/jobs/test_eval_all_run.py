@@ -41,7 +41,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def finished(profile, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder that the job was called from, and what it said."""
     folder = tmp_path_factory.mktemp("caller")
-    return folder, command("--profile", profile, cwd=folder)
+    return folder, command("--profile", profile, "--replicas", "1", cwd=folder)
 
 
 def test_a_run_ends_in_a_table(finished):
@@ -110,6 +110,7 @@ def test_a_fresh_run_has_a_name_of_its_own_and_one_that_stopped_says_so(finished
     assert "incomplete: stopped by SIGTERM" in captured.err
 
 
+@pytest.mark.slow  # a Ray of its own, only to start one actor
 def test_a_truncated_checkpoint_is_refused_in_one_line(models, make_profile, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(models / "ternary", damaged)
