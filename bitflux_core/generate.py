@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitflux_core.accounting import resident_bytes
 from bitflux_core.errors import UserError
+from bitflux_core.prompts import check_lengths
 from bitflux_core.samples import Sampling
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -46,19 +47,12 @@ class TextEncoder:
 
         UserError for a prompt of more than `max_sequence_length` T5 tokens.
         """
-        _check_lengths(self.pipeline.tokenizer_2, prompts, self.max_sequence_length)
+        check_lengths(self.pipeline.tokenizer_2, prompts, self.max_sequence_length)
         return [self._encode(prompt) for prompt in prompts]
 
     def _encode(self, prompt: str) -> PromptEmbedding:
         embeds_1TD, pooled_1P, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self.max_sequence_length)
         return PromptEmbedding(embeds_1TD[0].cpu(), pooled_1P[0].cpu())
-
-
-def check_prompt_lengths(pipeline_dir: Path | str, prompts: Sequence[str], max_sequence_length: int) -> None:
-    """UserError for a prompt of more than `max_sequence_length` T5 tokens; loads the tokenizer alone."""
-    others = set(_TEXT_PARTS + _IMAGE_PARTS) - {"tokenizer_2"}
-    pipeline = _load_pipeline(pipeline_dir, torch.float32, **dict.fromkeys(others))
-    _check_lengths(pipeline.tokenizer_2, prompts, max_sequence_length)
 
 
 class ImageGenerator:
@@ -132,13 +126,3 @@ def _load_pipeline(pipeline_dir: Path | str, dtype: torch.dtype, **parts: object
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{pipeline_dir} cannot be loaded ({problem}): copy the model again") from error
-
-
-def _check_lengths(tokenizer, prompts: Sequence[str], max_sequence_length: int) -> None:
-    for prompt in prompts:
-        tokens = len(tokenizer(prompt, verbose=False).input_ids)
-        if tokens > max_sequence_length:
-            raise UserError(
-                f"prompt {prompt[:60]!r} has {tokens} T5 tokens of {max_sequence_length}: "
-                "shorten it or raise max_sequence_length"
-            )

@@ -72,7 +72,7 @@ class ReplicaActor:
         import torch
 
         from bitflux_core.generate import ImageGenerator
-        from bitflux_core.variants import load_transformer, storage_bytes
+        from bitflux_core.loading import load_transformer, storage_bytes
 
         if self._device == "cuda":
             torch.cuda.empty_cache()

@@ -73,7 +73,7 @@ def _evaluate(args: Namespace) -> int:
 def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultStore, "RunSummary"]:
     """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
     # Importing torch and ray takes longest: only after what can be refused without them.
-    from bitflux_core.generate import check_prompt_lengths
+    from bitflux_core.prompts import check_prompt_lengths
     from cluster.model_files import fingerprints, locate_models
     from cluster.output import alive_nodes, check_output
     from cluster.run import run

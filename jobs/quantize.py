@@ -29,7 +29,7 @@ def _quantize(args: Namespace) -> int:
     from bitflux_core.checkpoint import save_ternary
     from bitflux_core.convert import quantize_transformer
     from bitflux_core.files import fingerprint
-    from bitflux_core.variants import load_transformer
+    from bitflux_core.loading import load_transformer
     from cluster.manifests import REPOSITORY
     from cluster.model_files import locate
     from cluster.profile import load_profile

@@ -8,9 +8,11 @@ from diffusers import FluxPipeline
 
 from bitflux_core.accounting import resident_bytes
 from bitflux_core.errors import UserError
-from bitflux_core.generate import ImageGenerator, TextEncoder, check_prompt_lengths
+from bitflux_core.generate import ImageGenerator, TextEncoder
+from bitflux_core.loading import load_transformer
+from bitflux_core.prompts import check_prompt_lengths
 from bitflux_core.samples import Sampling
-from bitflux_core.variants import VARIANTS, load_transformer
+from bitflux_core.variants import VARIANTS
 
 SAMPLING = Sampling(width=64, height=32, steps=3, guidance=3.5, max_sequence_length=16)
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]

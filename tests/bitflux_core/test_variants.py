@@ -10,7 +10,8 @@ from bitflux_core.accounting import size_report
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.variants import VARIANTS, load_transformer, model_fingerprint, storage_bytes
+from bitflux_core.loading import load_transformer, storage_bytes
+from bitflux_core.variants import VARIANTS, model_fingerprint
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
