@@ -26,7 +26,7 @@ from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
 from bitflux_core.errors import UserError
 from bitflux_core.files import fingerprint
 from bitflux_core.mini.clip import build_clip, save_weights, write_config
-from bitflux_core.mini.detector import PREPROCESSOR, build_detector
+from bitflux_core.mini.detector import build_detector, save_detector
 from bitflux_core.mini.models import TOKENS, build_pipeline
 from bitflux_core.mini.train_clip import train_clip
 from bitflux_core.mini.train_detector import train_detector
@@ -131,8 +131,7 @@ def stage_detector(args: argparse.Namespace, device: torch.device) -> None:
     train_detector(
         model, steps=args.detector_steps, batch=args.detector_batch, device=device, seed=args.seed + args.detector_steps
     )
-    model.to("cpu", torch.bfloat16).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    save_detector(model.to("cpu", torch.bfloat16), folder)
 
 
 def stage_clip(args: argparse.Namespace, device: torch.device) -> None:
