@@ -23,7 +23,6 @@ from bitflux_core.convert import replace_linear
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.optimizers import Muon
 from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 
@@ -39,10 +38,9 @@ class DistillSettings:
     batch: int
     sampler_steps: int
     guidance: float
-    latent_lr: float = 2e-3
+    latent_lr: float = 5e-3
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
-    optimizer: str = "adam"  # of the latent weights: adam | muon
     own_states: float = 0.5  # share of the slots that the student carries along itself, reached after a third
     seed: int = 0
 
@@ -156,11 +154,9 @@ class Distiller:
         latents, scales, others = self._parameter_groups()
         self.gradients = FlatGradients([*latents, *scales, *others])
         self.rates = [torch.zeros((), device=device) for _ in range(3)]
-        self.muon = Muon(latents if settings.optimizer == "muon" else [], self.rates[0])
         groups = [
             {"params": parameters, "lr": rate}
-            for parameters, rate in zip(([] if self.muon.groups else latents, scales, others), self.rates, strict=True)
-            if parameters
+            for parameters, rate in zip((latents, scales, others), self.rates, strict=True)
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda")
         self.update = capture(self._update, device)
@@ -219,7 +215,6 @@ class Distiller:
         self.gradients.zero()
         loss.backward()
         self.gradients.clip(1.0)
-        self.muon.step()
         self.adam.step()
         self.loss_mean.add(loss)
         self._advance(target_BLC, velocity_BLC.detach(), sigma_B)

@@ -94,14 +94,14 @@ def _token_ids(tokenizer, texts: list[str]) -> Tensor:
 class Trainer:
     """Optimizers, averaged weights and the captured step of one training phase."""
 
-    def __init__(self, model: Velocity, loss: Callable[[], Tensor], *, optimizer: str, scale: float, world: int):
+    def __init__(self, model: Velocity, loss: Callable[[], Tensor], *, scale: float, world: int):
         self.device, self.world, self.scale = model.transformer.device, world, scale
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradients = FlatGradients(parameters)
         self.lr = torch.tensor(0.0, device=self.device)
         self.matrix_lr = torch.tensor(0.0, device=self.device)
         blocks = [model.transformer.transformer_blocks, model.transformer.single_transformer_blocks]
-        matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2] if optimizer == "muon" else []
+        matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         self.muon = Muon(matrices, self.matrix_lr)
         self.adam = torch.optim.AdamW(
@@ -163,7 +163,6 @@ def train_teacher(
     images: int,
     device: torch.device,
     seed: int,
-    optimizer: str = "muon",
     after_flow: Callable[[], None] = lambda: None,
     seconds: float | None = None,
 ) -> None:
@@ -201,7 +200,7 @@ def train_teacher(
             v = model(x, t, data.clip_ids_PT[prompt], data.t5_ids_PT[prompt], torch.ones(batch, device=device))
         return (v.float() - target).square().mean()
 
-    Trainer(model, flow_loss, optimizer=optimizer, scale=1.0, world=world).run("flow", steps, rank, seconds)
+    Trainer(model, flow_loss, scale=1.0, world=world).run("flow", steps, rank, seconds)
     after_flow()
 
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -223,6 +222,4 @@ def train_teacher(
         return (v.float() - target).square().mean()
 
     if guidance_steps:
-        Trainer(model, guidance_loss, optimizer=optimizer, scale=0.25, world=world).run(
-            "guidance", guidance_steps, rank
-        )
+        Trainer(model, guidance_loss, scale=0.25, world=world).run("guidance", guidance_steps, rank)

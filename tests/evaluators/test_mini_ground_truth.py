@@ -1,4 +1,4 @@
-"""The committed detector and CLIP on rendered scenes that are right by construction: at most 2 % may be judged wrong."""
+"""The committed detector and CLIP on scenes that are right by construction: at most 2 % may be judged wrong."""
 
 import torch
 

@@ -1,0 +1,183 @@
+"""The stages that make the mini FLUX; each reads what earlier ones wrote to its folder and writes there itself."""
+
+import copy
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import FluxPipeline
+from transformers import Mask2FormerForUniversalSegmentation
+
+from bitflux_core.checkpoint import save_ternary
+from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
+from bitflux_core.errors import UserError
+from bitflux_core.files import fingerprint
+from bitflux_core.mini.clip import build_clip, save_weights, write_config
+from bitflux_core.mini.detector import build_detector, save_detector
+from bitflux_core.mini.models import TOKENS, build_pipeline
+from bitflux_core.mini.train_clip import train_clip
+from bitflux_core.mini.train_detector import train_detector
+from bitflux_core.mini.train_teacher import train_teacher
+from bitflux_core.mini.train_text import train_text
+from bitflux_core.mini.train_vae import train_vae
+from bitflux_core.mini.world import training_prompts
+from bitflux_core.training import use_fast_math
+
+SHARD_SIZE = "15MB"  # small enough to commit
+SAMPLER_STEPS, GUIDANCE = 20, 2.0  # as manifests/profiles/mini.yaml draws
+IMAGE_TOKENS_A_SIDE = 8
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long each stage trains and on how much. Batches are a GPU's; `seconds` replace the steps beside them."""
+
+    output: Path
+    seed: int = 0
+    vae_steps: int = 1600
+    vae_batch: int = 64
+    text_steps: int = 1500
+    text_batch: int = 256
+    images: int = 250_000  # rendered scenes that the teacher learns from
+    batch: int = 512  # of the teacher and the twin
+    teacher_steps: int = 23_000
+    teacher_seconds: float | None = None
+    guidance_steps: int = 1400
+    detector_steps: int = 3000
+    detector_batch: int = 256
+    clip_steps: int = 1000
+    clip_batch: int = 512
+    twin_steps: int = 6000
+    twin_seconds: float | None = None
+    twin_prompts: int = 32_768
+    twin_lr: float = 5e-3  # of the latent weights, in units of their row's scale
+
+
+def run_stages(names: list[str], settings: TrainSettings) -> None:
+    """Runs the named stages in the order given, on this process's GPU or on the CPU.
+
+    UserError for an unknown stage, and for one whose forerunners' models are not in the folder.
+    """
+    for name in names:
+        if name not in STAGES:
+            raise UserError(f"unknown stage '{name}': choose from {', '.join(STAGES)}")
+    use_fast_math()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    for name in names:
+        STAGES[name](settings, device)
+
+
+def _vae(settings: TrainSettings, device: torch.device) -> None:
+    pipeline = build_pipeline(settings.seed)
+    steps, batch = settings.vae_steps, settings.vae_batch
+    train_vae(pipeline.vae, steps=steps, batch=batch, device=device, seed=settings.seed)
+    _save_pipeline(pipeline, settings.output / "flux")
+
+
+def _text(settings: TrainSettings, device: torch.device) -> None:
+    pipeline = _load_pipeline(settings)
+    accuracy = train_text(
+        pipeline.text_encoder_2,
+        pipeline.tokenizer_2,
+        steps=settings.text_steps,
+        batch=settings.text_batch,
+        device=device,
+        seed=settings.seed,
+    )
+    print("text:", ", ".join(f"{question} {share:.1%}" for question, share in accuracy.items()))
+    _save_pipeline(pipeline, settings.output / "flux")
+
+
+def _teacher(settings: TrainSettings, device: torch.device) -> None:
+    """Goes on from the transformer in the folder; what drew without guidance stays in `flux-unguided`."""
+    first = os.environ.get("RANK", "0") == "0"
+    pipeline = _load_pipeline(settings)
+    train_teacher(
+        pipeline,
+        steps=settings.teacher_steps,
+        seconds=settings.teacher_seconds,
+        guidance_steps=settings.guidance_steps,
+        batch=settings.batch,
+        images=settings.images,
+        device=device,
+        seed=settings.seed,
+        after_flow=lambda: _save_pipeline(copy.deepcopy(pipeline), settings.output / "flux-unguided")
+        if first
+        else None,
+    )
+    if first:
+        _save_pipeline(pipeline, settings.output / "flux")
+
+
+def _detector(settings: TrainSettings, device: torch.device) -> None:
+    """Goes on from the detector in the folder, if there is one."""
+    torch.manual_seed(settings.seed)
+    folder = settings.output / "detector"
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).float() if folder.exists() else build_detector()
+    steps, batch = settings.detector_steps, settings.detector_batch
+    train_detector(model, steps=steps, batch=batch, device=device, seed=settings.seed + steps)
+    save_detector(model.to("cpu", torch.bfloat16), folder)
+
+
+def _clip(settings: TrainSettings, device: torch.device) -> None:
+    folder = settings.output / "clip"
+    write_config(folder)
+    torch.manual_seed(settings.seed)
+    model, tokenizer = build_clip(folder), open_clip.get_tokenizer(f"local-dir:{folder}")
+    steps, batch = settings.clip_steps, settings.clip_batch
+    train_clip(model, tokenizer, steps=steps, batch=batch, device=device, seed=settings.seed)
+    save_weights(model, folder)
+
+
+def _twin(settings: TrainSettings, device: torch.device) -> None:
+    """The ternary twin, from the teacher and the training prompts alone: no image."""
+    pipeline = _load_pipeline(settings).to(device)
+    how = DistillSettings(
+        steps=settings.twin_steps,
+        batch=settings.batch,
+        sampler_steps=SAMPLER_STEPS,
+        guidance=GUIDANCE,
+        latent_lr=settings.twin_lr,
+        seed=settings.seed,
+    )
+    specs, weights = training_prompts()
+    chosen = random.Random(settings.seed).choices(specs, weights, k=settings.twin_prompts)
+    texts = [spec.text for spec in chosen]
+    conditions = encode_conditions(pipeline, texts, tokens=TOKENS, side=IMAGE_TOKENS_A_SIDE)
+    distiller = Distiller(pipeline.transformer, pipeline.scheduler, conditions, how, device)
+    student = distiller.run(settings.twin_seconds)
+    made = asdict(replace(how, steps=distiller.steps_made))
+    provenance = {"source": "mini FLUX", "fingerprint": fingerprint(settings.output / "flux"), **made}
+    save_ternary(student, settings.output / "ternary", provenance, method="self-distillation")
+
+
+STAGES: dict[str, Callable[[TrainSettings, torch.device], None]] = {
+    "vae": _vae,
+    "text": _text,
+    "teacher": _teacher,
+    "detector": _detector,
+    "clip": _clip,
+    "twin": _twin,
+}
+
+
+def _load_pipeline(settings: TrainSettings) -> FluxPipeline:
+    folder = settings.output / "flux"
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} holds no pipeline: run the stage vae first")
+    return FluxPipeline.from_pretrained(str(folder))
+
+
+def _save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+    """bfloat16 weights, without the paths of the machine that made them."""
+    pipeline.to("cpu", torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
