@@ -31,6 +31,12 @@ PREPROCESSOR = {
 MakeDetection = Callable[..., Detection]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """As every CPU actor computes: sums split over threads differ in their last bits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def detector_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detector")
