@@ -27,7 +27,6 @@ from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 
 ENCODE_BATCH = 512
-PACE_EVERY = 100  # steps between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,8 @@ class Distiller:
         progress = Progress("distill", settings.steps)
         step = 0
         while step < progress.steps:
-            if seconds and step and step % PACE_EVERY == 0:
-                self.loss_mean.value.item()  # waits for the steps that were only launched
-                progress.steps = max(step + 1, int(step * seconds / progress.elapsed))
+            if seconds:
+                progress.fit_into(seconds, step, self.device)
             factor = warmup_then_cosine(step, progress.steps)
             for rate, base in zip(self.rates, (settings.latent_lr, settings.scale_lr, settings.other_lr), strict=True):
                 rate.fill_(base * factor)

@@ -28,10 +28,8 @@ class Muon:
     torch.optim.Muon walks the matrices one by one and bakes the learning rate into a captured graph.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.0
-    ):
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float = 0.95):
+        self.lr, self.momentum = lr, momentum
         self.groups: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             self.groups[parameter.shape[0], parameter.shape[1]].append(parameter)
@@ -46,6 +44,4 @@ class Muon:
             update = torch.stack(torch._foreach_lerp(gradients, buffers, self.momentum))
             update = orthogonalize(update.mT).mT if rows > columns else orthogonalize(update)
             update = update.float() * (self.lr * (-0.2 * max(rows, columns) ** 0.5))
-            if self.weight_decay:
-                torch._foreach_mul_(group, 1 - self.lr * self.weight_decay)
             torch._foreach_add_(group, list(update.unbind()))

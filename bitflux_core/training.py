@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+PACE_EVERY = 100  # steps between two looks at the clock
+
 
 def use_fast_math() -> None:
     """TF32 for what autocast leaves in float32. cuDNN's attention backward fails at head size 32 on torch 2.11."""
@@ -107,6 +109,17 @@ class Progress:
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.start
+
+    def fit_into(self, seconds: float, step: int, device: torch.device) -> None:
+        """Every `PACE_EVERY` steps, sets `steps` to what `seconds` allow at the pace so far; rank 0's clock decides."""
+        if step == 0 or step % PACE_EVERY:
+            return
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # steps that were only launched are not done
+        affordable = torch.tensor(step * seconds / self.elapsed, device=device)
+        if dist.is_initialized():
+            dist.broadcast(affordable, src=0)
+        self.steps = max(step + 1, int(affordable.item()))
 
     def report(self, step: int, loss: Tensor) -> None:
         now = time.monotonic()

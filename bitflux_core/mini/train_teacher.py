@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -31,7 +30,6 @@ PROMPT_DROP = 0.1
 AVERAGE_DECAY = 0.999
 TIME_MEAN, TIME_SPREAD = 0.4, 1.1  # t = sigmoid(mean + spread * normal): the sampler's shift of 3 lives at high noise
 GUIDANCE_RANGE = (1.0, 4.0)
-PACE_EVERY = 200  # steps between two looks at the clock
 
 
 class Velocity(nn.Module):
@@ -129,20 +127,13 @@ class Trainer:
         self.adam.step()
         self.average.update()
 
-    def _affordable_steps(self, step: int, elapsed: float, seconds: float) -> int:
-        """Steps that fit in `seconds` at the pace so far; rank 0's clock speaks for all."""
-        affordable = torch.tensor(step * seconds / elapsed, device=self.device)
-        if self.world > 1:
-            dist.broadcast(affordable, src=0)
-        return int(affordable.item())
-
     def run(self, name: str, steps: int, rank: int, seconds: float | None = None) -> None:
         """Runs `steps` steps, or as many as take about `seconds`, and leaves the averaged weights in the model."""
         progress = Progress(name, steps, rank)
         step = 0
         while step < progress.steps:
-            if seconds and step and step % PACE_EVERY == 0:
-                progress.steps = max(step + 1, self._affordable_steps(step, progress.elapsed, seconds))
+            if seconds:
+                progress.fit_into(seconds, step, self.device)
             factor = self.scale * warmup_then_linear(step, progress.steps)
             self.lr.fill_(LEARNING_RATE * factor)
             self.matrix_lr.fill_(MATRIX_LEARNING_RATE * factor)

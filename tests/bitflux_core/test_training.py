@@ -63,3 +63,14 @@ def test_muon_moves_every_matrix_by_its_rate_whatever_the_gradients_size():
 def test_a_loss_that_is_not_finite_stops_training():
     with pytest.raises(FloatingPointError, match="the loss is nan at step 9"):
         Progress("test", steps=10).report(9, torch.tensor(float("nan")))
+
+
+def test_timed_training_takes_the_steps_that_fit():
+    progress = Progress("test", steps=6000)
+    progress.start -= 10.0  # as if 100 steps had taken ten seconds
+    progress.fit_into(30.0, 50, torch.device("cpu"))
+    assert progress.steps == 6000
+    progress.fit_into(30.0, 100, torch.device("cpu"))
+    assert progress.steps in (299, 300)
+    progress.fit_into(5.0, 200, torch.device("cpu"))
+    assert progress.steps == 201  # late already: the step in hand is the last
