@@ -1,4 +1,7 @@
-"""Trains the mini FLUX transformer with its text encoders: flow matching, then guidance distilled into the embedding.
+"""Trains the mini FLUX transformer with its CLIP text encoder: flow matching, then guidance distilled into the embedding.
+
+T5 stays as the text stage left it, frozen as FLUX's is: trained with the flow it soon forgets the order of words, and
+"left of" comes out at chance.
 
 Legend: B batch, P prompts, T text tokens, S image tokens, C packed latent channels.
 """
@@ -33,11 +36,11 @@ GUIDANCE_RANGE = (1.0, 4.0)
 
 
 class Velocity(nn.Module):
-    """Token ids to velocity: both text encoders and the transformer, as FluxPipeline joins them."""
+    """Token ids to velocity: both text encoders and the transformer, as FluxPipeline joins them. T5 is frozen."""
 
     def __init__(self, pipeline: FluxPipeline, latent_side: int):
         super().__init__()
-        self.clip, self.t5 = pipeline.text_encoder, pipeline.text_encoder_2
+        self.clip, self.t5 = pipeline.text_encoder, pipeline.text_encoder_2.eval().requires_grad_(False)
         self.transformer = pipeline.transformer
         device = torch.device("cpu")
         image_ids = FluxPipeline._prepare_latent_image_ids(1, latent_side, latent_side, device, torch.float32)
@@ -157,7 +160,7 @@ def train_teacher(
     after_flow: Callable[[], None] = lambda: None,
     seconds: float | None = None,
 ) -> None:
-    """Trains the pipeline's transformer and text encoders in place; under torchrun on every GPU, `batch` a GPU.
+    """Trains the pipeline's transformer and CLIP text encoder in place; under torchrun on every GPU, `batch` a GPU.
 
     `after_flow` is called between the phases, when the pipeline draws without guidance: the place to save it. With
     `seconds` the flow phase makes as many steps as fit in that time, whatever `steps` says.
@@ -169,7 +172,7 @@ def train_teacher(
     data = Dataset(pipeline, images, device, seed + 1000 * (rank + 1))
     torch.manual_seed(seed + rank)
     model = Velocity(pipeline, latent_side=int(data.latents_NSC.shape[1] ** 0.5)).to(device).float()
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+    for part in (pipeline.transformer, pipeline.text_encoder):
         part.train().requires_grad_(True)
     if device.type == "cuda":
         pipeline.transformer.compile_repeated_blocks()

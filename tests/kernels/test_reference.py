@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kernels.packing import pack_planes
-from kernels.reference import _integer_product, dequantize, quantize_tokens, ternary_linear, ternary_linear_int8
+from kernels.reference import _integer_product, dequantize, plane_unpadded, quantize, ternary_linear, ternary_linear_int8
 
 SHAPES = [(1, 8, 16), (3, 5, 7), (16, 33, 130), (64, 48, 256)]  # M, N, K
 
@@ -42,7 +42,9 @@ def test_dequantized_weight_is_code_times_scale():
 
 def test_tokens_are_quantized_by_their_largest_value():
     x_MK = torch.tensor([[0.5, -2.0, 1.0], [0.0, 0.0, 0.0], [1e-3, 3e-3, -2e-3]])
-    values_MK, scale_M = quantize_tokens(x_MK)
+    values_MP, scale_M, sum_M = quantize(x_MK)
+    values_MK = plane_unpadded(values_MP, 3)
+    assert sum_M.tolist() == values_MK.sum(dim=1).tolist()
     assert (scale_M > 0).all()  # dividing by zero would leave a row of zeros to what the platform makes of NaN
     assert values_MK.tolist() == [[32, -127, 64], [0, 0, 0], [42, 127, -85]]
     assert ((values_MK * scale_M[:, None] - x_MK).abs() <= scale_M[:, None] / 2).all()
@@ -65,7 +67,8 @@ def test_int8_linear_is_scale_times_integer_sum_rounded_once(m, n, k, dtype):
     codes_NK, packed_NJ, scale_N, bias_N = layer(n, k)
     x_MK = torch.randn(m, k, generator=torch.Generator().manual_seed(2)).to(dtype)
     y_MN = ternary_linear_int8(x_MK, packed_NJ, scale_N, bias_N, k)
-    values_MK, scale_M = quantize_tokens(x_MK)
+    values_MP, scale_M, _ = quantize(x_MK)
+    values_MK = plane_unpadded(values_MP, k)
     sum_MN = values_MK.double() @ codes_NK.double().t()
     expected_MN = sum_MN * scale_M.double()[:, None] * scale_N.double() + bias_N.double()
     rounding = torch.finfo(dtype).eps
