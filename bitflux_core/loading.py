@@ -10,18 +10,23 @@ from bitflux_core.accounting import size_report
 from bitflux_core.checkpoint import empty_transformer, load_ternary
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
+from bitflux_core.fused import fuse
 from bitflux_core.variants import VARIANTS, transformer_folder
 
 
 def load_transformer(
     variant: str, *, pipeline_dir: Path, ternary_dir: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> FluxTransformer2DModel:
-    """The transformer of a variant, frozen, in eval mode. UserError where its files are missing or damaged."""
+    """The transformer of a variant, frozen, in eval mode; on CUDA with fused blocks where the variant runs kernels.
+
+    UserError where its files are missing or damaged.
+    """
     how = VARIANTS[variant]
     folder = transformer_folder(variant, pipeline_dir=pipeline_dir, ternary_dir=ternary_dir)
-    if how.ternary:
-        return load_ternary(folder, dtype=dtype, device=device, activations=how.activations, execution=how.execution)
-    return _load_full_precision(folder, device, dtype)
+    if not how.ternary:
+        return _load_full_precision(folder, device, dtype)
+    model = load_ternary(folder, dtype=dtype, device=device, activations=how.activations, execution=how.execution)
+    return fuse(model) if how.execution == "kernel" and torch.device(device).type == "cuda" else model
 
 
 def storage_bytes(variant: str, *, pipeline_dir: Path) -> int:

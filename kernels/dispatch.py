@@ -1,9 +1,9 @@
-"""The one place that chooses which implementation runs a ternary linear."""
+"""The one place that chooses which implementation runs a ternary linear layer by itself."""
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import ops, reference
 from kernels.reference import Activations
 
 
@@ -19,9 +19,17 @@ def linear(
 
     `activations`: "native" keeps x in its own dtype, "int8" quantizes it per token (see kernels/reference.py).
     """
-    return reference.LINEARS[activations](x, packed_NJ, scale_N, bias_N, in_features)
+    if x.device.type != "cuda":
+        return reference.LINEARS[activations](x, packed_NJ, scale_N, bias_N, in_features)
+    x_MK = x.reshape(-1, in_features)
+    if activations == "int8":
+        y_MN = ops.matmul_int8(ops.quantize(x_MK), packed_NJ, scale_N, bias_N, in_features=in_features, dtype=x.dtype)
+    else:
+        y_MN = ops.matmul(x_MK, packed_NJ, scale_N, bias_N)
+    return y_MN.unflatten(0, x.shape[:-1])
 
 
 def backend_name(device: torch.device | str) -> str:
     """Name of the implementation that `linear` uses on `device`, for results and reports."""
-    return f"torch-reference ({torch.device(device).type})"
+    kind = torch.device(device).type
+    return "triton (cuda)" if kind == "cuda" else f"torch-reference ({kind})"

@@ -3,6 +3,8 @@
 Each is a registered custom operator with a fake implementation, so that `torch.compile(fullgraph=True)`, CUDA graphs
 and the meta device work. See kernels/reference.py for what each computes, and for the legend of the shapes.
 
+Operators return plain tuples, `[:]` of a Quantized; the functions below wrap them again.
+
 Errors: ValueError names the tensor, what was expected and what came, before anything is launched.
 """
 
@@ -18,7 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.library.custom_op("bitflux::quantize", mutates_args=())
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(reference.quantize(x))
+    return reference.quantize(x)[:]
 
 
 @torch.library.custom_op("bitflux::norm_modulate", mutates_args=())
@@ -28,7 +30,7 @@ def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 @torch.library.custom_op("bitflux::norm_modulate_quantize", mutates_args=())
 def _norm_modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(reference.norm_modulate_quantize(x, shift, scale, eps))
+    return reference.norm_modulate_quantize(x, shift, scale, eps)[:]
 
 
 @torch.library.custom_op("bitflux::gelu", mutates_args=())
@@ -38,7 +40,7 @@ def _gelu(x: Tensor, head: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("bitflux::gelu_quantize", mutates_args=())
 def _gelu_quantize(x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(reference.gelu_quantize(x, head))
+    return reference.gelu_quantize(x, head)[:]
 
 
 @torch.library.custom_op("bitflux::matmul", mutates_args=())
@@ -89,6 +91,55 @@ def _qk_norm_rope(
         text_weights = (text_query_weight, text_key_weight)
     weights = (query_weight, key_weight)
     return reference.qk_norm_rope(qkv, text_qkv, heads, weights, text_weights, cos, sin, eps)
+
+
+@_quantize.register_kernel("cuda")
+def _(x):
+    return _cuda().quantize(x)[:]
+
+
+@_norm_modulate.register_kernel("cuda")
+def _(x, shift, scale, eps):
+    return _cuda().norm_modulate(x, shift, scale, eps)
+
+
+@_norm_modulate_quantize.register_kernel("cuda")
+def _(x, shift, scale, eps):
+    return _cuda().norm_modulate_quantize(x, shift, scale, eps)[:]
+
+
+@_gelu.register_kernel("cuda")
+def _(x, head):
+    return _cuda().gelu(x, head)
+
+
+@_gelu_quantize.register_kernel("cuda")
+def _(x, head):
+    return _cuda().gelu_quantize(x, head)[:]
+
+
+@_matmul.register_kernel("cuda")
+def _(x, *rest):
+    return _cuda().matmul(x, *rest)
+
+
+@_matmul_int8.register_kernel("cuda")
+def _(values, token_scale, token_sum, *rest):
+    return _cuda().matmul_int8(Quantized(values, token_scale, token_sum), *rest)
+
+
+@_qk_norm_rope.register_kernel("cuda")
+def _(qkv, text_qkv, heads, query_weight, key_weight, text_query_weight, text_key_weight, cos, sin, eps):
+    text_weights = None if text_query_weight is None else (text_query_weight, text_key_weight)
+    weights = (query_weight, key_weight)
+    return _cuda().qk_norm_rope(qkv, text_qkv, heads, weights, text_weights, cos, sin, eps)
+
+
+def _cuda():
+    """The Triton side, which no machine without a GPU imports."""
+    from kernels import cuda
+
+    return cuda
 
 
 def quantize(x_MK: Tensor) -> Quantized:

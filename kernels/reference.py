@@ -1,4 +1,4 @@
-"""Plain torch arithmetic of a ternary FLUX on any device: what every kernel is compared with, and what runs without one.
+"""Plain torch arithmetic of a ternary FLUX on any device: what kernels are compared with, and what runs without them.
 
 Legend: M tokens (all leading dimensions flattened), N output features, K input features, J packed bytes a row,
 P = 4 x J rounded up to 16 (the width of quantized activations), B images, M = B x tokens of an image, S tokens of an
@@ -77,7 +77,7 @@ def ternary_linear_int8(
 
 
 def quantize(x_MK: Tensor) -> Quantized:
-    """Per-token symmetric absmax quantization: value = round to nearest even of x * (127 / amax), scale = amax / 127."""
+    """Per-token symmetric absmax quantization: value = x * (127 / amax) rounded to nearest even, scale = amax / 127."""
     wide_MK = x_MK.float()
     amax_M = wide_MK.abs().amax(dim=1)
     finite_M = amax_M.isfinite()

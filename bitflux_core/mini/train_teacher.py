@@ -1,4 +1,4 @@
-"""Trains the mini FLUX transformer with its CLIP text encoder: flow matching, then guidance distilled into the embedding.
+"""Trains the mini FLUX transformer with its CLIP encoder: flow matching, then guidance distilled into its embedding.
 
 T5 stays as the text stage left it, frozen as FLUX's is: trained with the flow it soon forgets the order of words, and
 "left of" comes out at chance.

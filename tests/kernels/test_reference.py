@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from kernels.packing import pack_planes
-from kernels.reference import _integer_product, dequantize, plane_unpadded, quantize, ternary_linear, ternary_linear_int8
+from kernels.reference import (
+    _integer_product,
+    dequantize,
+    plane_unpadded,
+    quantize,
+    ternary_linear,
+    ternary_linear_int8,
+)
 
 SHAPES = [(1, 8, 16), (3, 5, 7), (16, 33, 130), (64, 48, 256)]  # M, N, K
 
