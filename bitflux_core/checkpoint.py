@@ -19,7 +19,7 @@ from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.tensor_files import REMEDY, read_tensors
 from kernels.reference import Activations
 
-__all__ = ["empty_transformer", "fingerprint", "load_ternary", "save_ternary"]
+__all__ = ["check_unused", "empty_transformer", "fingerprint", "load_ternary", "save_ternary"]
 
 FORMAT_VERSION = 1
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -39,9 +39,7 @@ def save_ternary(
     `provenance` (JSON-able) says where the weights come from. `config.json` is written last, so a folder that a killed
     process left behind does not load. UserError if `directory` has anything in it.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is in use: name a new or an empty folder for the ternary checkpoint")
+    directory = check_unused(directory)
     exact = _exact_tensors(transformer)
     tensors = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in transformer.state_dict().items()}
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,6 +54,14 @@ def save_ternary(
         "files": {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_unused(directory: Path | str) -> Path:
+    """`directory` as a Path. UserError if there is anything in it, or if it is a file."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is in use: name a new or an empty folder for the ternary checkpoint")
+    return directory
 
 
 def load_ternary(

@@ -164,10 +164,20 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         self, hidden_BSD: Tensor, text_BTD: Tensor, modulation_BN: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
         """(image [B, S, D], text [B, T, D]) after the block; the modulation's 12 D columns: 6 D image, 6 D text."""
-        attn, eps = self.attn, self.norm2.eps
+        eps = self.norm2.eps
         image_modulation, text_modulation = (part.chunk(6, dim=1) for part in modulation_BN.chunk(2, dim=1))
-        qkv_BSN = self._qkv(hidden_BSD, image_modulation, self.image, eps)
-        text_qkv_BTN = self._qkv(text_BTD, text_modulation, self.text, eps)
+        mixed_BSD = self._attend(
+            self._qkv(hidden_BSD, image_modulation, self.image, eps),
+            self._qkv(text_BTD, text_modulation, self.text, eps),
+            rotary,
+        )
+        text_mixed, image_mixed = mixed_BSD.split([text_BTD.shape[1], hidden_BSD.shape[1]], dim=1)
+        hidden_BSD = self._finish(hidden_BSD, image_mixed, image_modulation, self.image, eps)
+        text_BTD = self._finish(text_BTD, text_mixed, text_modulation, self.text, eps)
+        return hidden_BSD, _within_float16(text_BTD)
+
+    def _attend(self, qkv_BSN: Tensor, text_qkv_BTN: Tensor, rotary: Rotary) -> Tensor:
+        attn = self.attn
         query, key = ops.qk_norm_rope(
             qkv_BSN,
             text_qkv_BTN,
@@ -178,11 +188,7 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
             attn.norm_q.eps,
         )
         value_BSD = torch.cat([part[..., -attn.inner_dim :] for part in (text_qkv_BTN, qkv_BSN)], dim=1)
-        mixed_BSD = attention(query, key, value_BSD.unflatten(-1, (attn.heads, -1)))
-        text_mixed, image_mixed = mixed_BSD.split([text_BTD.shape[1], hidden_BSD.shape[1]], dim=1)
-        hidden_BSD = self._finish(hidden_BSD, image_mixed, image_modulation, self.image, eps)
-        text_BTD = self._finish(text_BTD, text_mixed, text_modulation, self.text, eps)
-        return hidden_BSD, _within_float16(text_BTD)
+        return attention(query, key, value_BSD.unflatten(-1, (attn.heads, -1)))
 
     def _qkv(self, x_BSD: Tensor, modulation: tuple[Tensor, ...], weights: "_Stream", eps: float) -> Tensor:
         shift_BD, scale_BD, *_ = modulation
@@ -215,17 +221,23 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
     def forward(self, x_BSD: Tensor, modulation_BN: Tensor, rotary: Rotary) -> Tensor:
         """Tokens [B, S, D] after the block, text and image joined; the modulation has 3 D columns."""
-        attn, run, x_MD = self.attn, self.arithmetic, x_BSD.flatten(0, 1)
+        run, x_MD, width = self.arithmetic, x_BSD.flatten(0, 1), self.attn.inner_dim
         shift_BD, scale_BD, gate_BD = modulation_BN.chunk(3, dim=1)
-        width = attn.inner_dim
-        joint_MN = run.product(run.norm(x_MD, shift_BD, scale_BD, self.norm.norm.eps), self.entry, x_MD.dtype)
-        joint_BSN = joint_MN.unflatten(0, x_BSD.shape[:2])
+        normed = run.norm(x_MD, shift_BD, scale_BD, self.norm.norm.eps)
+        joint_MN = run.product(normed, self.entry, x_MD.dtype)
+        del normed
+        mixed_MD = self._attend(joint_MN.unflatten(0, x_BSD.shape[:2]), rotary).flatten(0, 1)
+        entered = run.gelu(joint_MN[:, 3 * width :], mixed_MD)
+        del joint_MN, mixed_MD  # the largest activations there are: they set the transformer's peak memory
+        x_MD = run.product(entered, self.exit, x_MD.dtype, gate_BD, x_MD)
+        return _within_float16(x_MD.unflatten(0, x_BSD.shape[:2]))
+
+    def _attend(self, joint_BSN: Tensor, rotary: Rotary) -> Tensor:
+        attn, width = self.attn, self.attn.inner_dim
         weights = (attn.norm_q.weight, attn.norm_k.weight)
         query, key = ops.qk_norm_rope(joint_BSN, None, attn.heads, weights, None, rotary, attn.norm_q.eps)
         value = joint_BSN[..., 2 * width : 3 * width].unflatten(-1, (attn.heads, -1))
-        mixed_MD = attention(query, key, value).flatten(0, 1)
-        x_MD = run.product(run.gelu(joint_MN[:, 3 * width :], mixed_MD), self.exit, x_MD.dtype, gate_BD, x_MD)
-        return _within_float16(x_MD.unflatten(0, x_BSD.shape[:2]))
+        return attention(query, key, value)
 
 
 class _Stream(NamedTuple):
@@ -278,12 +290,12 @@ class FusedFluxTransformer2DModel(FluxTransformer2DModel):
 
         for block, modulation_BN in zip(self.transformer_blocks, double, strict=True):
             hidden_BSD, text_BTD = block(hidden_BSD, text_BTD, modulation_BN, rotary)
+        tokens = text_BTD.shape[1]
         joint_BSD = torch.cat([text_BTD, hidden_BSD], dim=1)
+        del text_BTD, hidden_BSD
         for block, modulation_BN in zip(self.single_transformer_blocks, single, strict=True):
             joint_BSD = block(joint_BSD, modulation_BN, rotary)
-        hidden_BSD = joint_BSD[:, text_BTD.shape[1] :]
-
-        output = self.proj_out(self.norm_out(hidden_BSD, condition_BD))
+        output = self.proj_out(self.norm_out(joint_BSD[:, tokens:], condition_BD))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _modulations(self, condition_BD: Tensor) -> tuple[list[Tensor], list[Tensor]]:

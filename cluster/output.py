@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import ray
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitflux_core.errors import UserError
@@ -22,18 +23,20 @@ def check_output(uri: str, nodes: Sequence[str], submitted: bool) -> str:
     """The output in full: an absolute path or a URI that every one of `nodes` (Ray's ids) reaches.
 
     `submitted`: the driver runs as a Ray job, in a copy of the working directory that is thrown away afterwards.
-    Raises UserError for a relative path there, for a local path that another node does not see, and for one that cannot
-    be written. URIs of remote storage are taken as they are.
+    Raises UserError for a path inside that copy, for a local path that another node does not see, for one that cannot
+    be written, and for `memory://`, which every process has for itself. URIs of remote storage are taken as they are.
     """
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
         raise UserError(f"output {uri}: {error}") from error
+    if isinstance(fs, MemoryFileSystem):
+        raise UserError(f"output {uri}: memory is each process's own; give --output a path or a URI of shared storage")
     if not isinstance(fs, LocalFileSystem):
         return uri
-    if submitted and "://" not in uri and not os.path.isabs(os.path.expanduser(uri)):
+    if submitted and Path(path).resolve().is_relative_to(Path.cwd()):
         raise UserError(
-            f"output {uri}: a relative path in a submitted job lies in a temporary copy of the code; "
+            f"output {uri}: lies in a submitted job's temporary copy of the code; "
             "give --output an absolute path or a URI that every node reaches"
         )
     if len(nodes) > 1:

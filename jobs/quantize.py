@@ -26,7 +26,7 @@ def _quantize(args: Namespace) -> int:
     import torch  # after parsing: a mistake on the command line is answered at once
 
     from bitflux_core.accounting import size_report
-    from bitflux_core.checkpoint import save_ternary
+    from bitflux_core.checkpoint import check_unused, save_ternary
     from bitflux_core.convert import quantize_transformer
     from bitflux_core.files import fingerprint
     from bitflux_core.loading import load_transformer
@@ -36,7 +36,7 @@ def _quantize(args: Namespace) -> int:
 
     profile = load_profile(args.profile)
     source = locate(profile, ["pipeline"])["pipeline"]
-    output = args.output or REPOSITORY / str(profile.models.ternary)
+    output = check_unused(args.output or REPOSITORY / str(profile.models.ternary))  # before the work, not after
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformer = load_transformer("bf16", pipeline_dir=source, ternary_dir=output, device=device, dtype=torch.bfloat16)
     layers = quantize_transformer(transformer, args.method)

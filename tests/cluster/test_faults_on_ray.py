@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import ray
 from cluster_fakes import (
@@ -21,6 +22,7 @@ from cluster_fakes import (
     ray_workers,
     small_plan,
 )
+from fsspec import AbstractFileSystem
 
 from bitflux_core.errors import UserError
 from cluster.actor_slot import Limits
@@ -122,4 +124,9 @@ def test_a_relative_output_is_refused_in_a_submitted_job(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="absolute path"):
         check_output("results", alive_nodes(), submitted=True)
     assert check_output("results", alive_nodes(), submitted=False) == str(tmp_path / "results")
-    assert check_output("memory://bucket/results", alive_nodes(), submitted=True) == "memory://bucket/results"
+    with pytest.raises(UserError, match="temporary copy"):
+        check_output(str(Path.cwd() / "results"), alive_nodes(), submitted=True)
+    with pytest.raises(UserError, match="each process's own"):
+        check_output("memory://bucket/results", alive_nodes(), submitted=True)
+    fsspec.register_implementation("remote", AbstractFileSystem, clobber=True)
+    assert check_output("remote://bucket/results", alive_nodes(), submitted=True) == "remote://bucket/results"

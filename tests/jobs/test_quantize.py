@@ -1,5 +1,6 @@
 """jobs/quantize.py: what it writes loads, and nothing is written over."""
 
+import pytest
 import torch
 
 from bitflux_core.checkpoint import load_ternary
@@ -12,7 +13,8 @@ def test_a_written_checkpoint_loads(models, tmp_path, profile, capsys):
     assert load_ternary(tmp_path / "twin", dtype=torch.float32, device="cpu").config.num_layers == 2
 
 
-def test_a_folder_in_use_is_left_alone(models, profile, capsys):
+def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):
+    monkeypatch.setattr("bitflux_core.loading.load_transformer", lambda *_, **__: pytest.fail("began the work"))
     before = {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()}
     assert quantize.main(["--profile", profile]) == 2
     assert "ternary is in use" in capsys.readouterr().err

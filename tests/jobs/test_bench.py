@@ -1,0 +1,144 @@
+"""jobs/bench.py without a GPU: what it refuses, and tiny runs through all that it measures, prints and writes."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bitflux_core.benchmark import steps
+from jobs import bench
+from kernels import ops
+
+MACHINE = {"section", "device", "driver", "cuda", "torch", "triton", "git_revision", "date"}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def files(folder, section: str) -> tuple[dict, list[dict]]:
+    (document,), (table,) = folder.glob(f"{section}-*.json"), folder.glob(f"{section}-*.parquet")
+    return json.loads(document.read_text()), pq.read_table(table).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["everything"], "everything"),
+        ([], "SECTION"),
+        (["kernels", "--batch", "2"], "--batch"),
+        (["transformer", "--tiny", "--variants", "ternary,int4"], "int4"),
+        (["images", "--tiny", "--variants", "ternary-graph"], "ternary-graph"),
+        (["images", "--tiny", "--resolution", "100"], "multiple of 16"),
+        (["images", "--tiny", "--steps", "0"], "--steps"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert named in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu"])
+def test_a_section_says_that_it_needs_a_gpu(section, capsys, tmp_path):
+    assert bench.main([section, "--output", str(tmp_path / "bench")]) == 2
+    error = capsys.readouterr().err
+    assert f"section {section} needs a CUDA GPU" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "bench").exists()
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_measuring(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert bench.main(["kernels", "--tiny", "--output", str(tmp_path / "file" / "bench")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_kernels(capsys, tmp_path):
+    assert bench.main(["kernels", "--tiny", "--output", str(tmp_path)]) == 0
+    assert "48x64" in capsys.readouterr().out
+    document, table = files(tmp_path, "kernels")
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["settings"]["copy_gb_s"] > 0
+    assert [(row["out_features"], row["in_features"], row["tokens"]) for row in table] == [
+        (48, 64, 1),
+        (48, 64, 24),
+        (96, 32, 2),
+    ]
+    for row, in_document in zip(table, document["rows"], strict=True):
+        assert set(row) >= MACHINE
+        assert row.items() >= in_document.items()
+        assert row["error"] is None
+        for column in ("bf16_ms", "fp8_ms", "unpack_fp8_ms", "ternary_ms", "ternary_int8_ms"):
+            assert row[column] > 0
+        assert row["int8_speed_of_fp8"] == row["fp8_ms"] / row["ternary_int8_ms"]
+        assert (row["int8_of_copy"] is None) == (row["tokens"] == 24)
+
+
+def test_a_wrong_product_gets_no_time_and_exit_code_3(capsys, tmp_path, monkeypatch):
+    right = ops.matmul
+
+    def wrong(x_MK, *weight):
+        y_MN = right(x_MK, *weight)
+        y_MN[-1, 7] += 1
+        return y_MN
+
+    monkeypatch.setattr(ops, "matmul", wrong)
+    assert bench.main(["kernels", "--tiny", "--output", str(tmp_path)]) == 3
+    assert "wrong result: 1 of" in capsys.readouterr().out
+    for row in files(tmp_path, "kernels")[1]:
+        assert row["ternary_ms"] is None
+        assert row["ternary_speed_of_bf16"] is None
+        assert row["ternary_int8_ms"] > 0
+
+
+def test_json_is_one_document(capsys, tmp_path):
+    options = ["--tiny", "--variants", "bf16,ternary-int8", "--profile", "--json", "--output", str(tmp_path)]
+    assert bench.main(["transformer", *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == files(tmp_path, "transformer")[0]
+    full, ternary = document["rows"]
+    assert (full["mode"], ternary["mode"]) == ("bf16", "ternary-int8")
+    assert full["speedup"] == 1
+    assert ternary["speedup"] == full["step_ms"] / ternary["step_ms"]
+    assert ternary["storage_gb"] < full["storage_gb"]
+    assert ternary["resident_gb"] < full["resident_gb"]
+    assert ternary["steps"] >= 10
+    assert "share" in (tmp_path / "profile-ternary-int8.txt").read_text()
+
+
+def test_a_failure_is_a_row_and_the_others_are_measured(capsys, tmp_path):
+    options = ["--tiny", "--variants", "ternary-graph,ternary", "--output", str(tmp_path)]
+    assert bench.main(["transformer", *options]) == 3
+    assert "ternary-graph: RuntimeError: CUDA graphs need a CUDA GPU" in capsys.readouterr().out
+    failed, measured = files(tmp_path, "transformer")[1]
+    assert failed["step_ms"] is None
+    assert "CUDA graphs" in failed["error"]
+    assert measured["step_ms"] > 0
+    assert measured["baseline"] is None  # no bf16 was measured
+
+
+def test_what_does_not_fit_is_a_finding(tmp_path, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(steps, "build_transformer", too_large)
+    assert bench.main(["transformer", "--tiny", "--variants", "bf16", "--output", str(tmp_path)]) == 0
+    (row,) = files(tmp_path, "transformer")[1]
+    assert row["error"] == "does not fit: CUDA out of memory. Tried to allocate 20 GiB"
+
+
+def test_images(capsys, tmp_path):
+    options = ["--tiny", "--variants", "bf16,ternary", "--steps", "1,2", "--output", str(tmp_path)]
+    assert bench.main(["images", *options]) == 0
+    assert "s an image" in capsys.readouterr().out
+    rows = files(tmp_path, "images")[1]
+    assert [(row["mode"], row["steps"]) for row in rows] == [("bf16", 1), ("bf16", 2), ("ternary", 1), ("ternary", 2)]
+    for row in rows:
+        assert row["error"] is None
+        assert row["image_s"] == pytest.approx(row["text_s"] + row["denoise_s"] + row["decode_s"])

@@ -1,0 +1,153 @@
+"""Every kernel compiled without a GPU for each supported compute capability: nothing spills, everything fits.
+
+A compilation is a process of its own, which runs this file: with `TRITON_INTERPRET` set there is nothing to compile.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # what a thread block may have
+STACK_BYTES = 32  # a few registers that an epilogue spills cost nothing
+REGISTERS = 16  # with fewer a kernel is a trap
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """`signature` has Triton's type of each parameter, `constants` the others. Integers are multiples of 16."""
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+POINTERS = {"y_ptr": "*bf16", "scale_ptr": "*fp32", "bias_ptr": "*bf16", "gate_ptr": "*bf16", "residual_ptr": "*bf16"}
+SIZES = ("tokens", "features", "plane_width", "tokens_an_image", "residual_stride")
+
+
+def product(kind: str, tokens: int, capability: int, config: Any = None) -> Kernel:
+    from kernels._gemm_config import default_config
+
+    config = config or default_config(kind, tokens, 9216, 3072, capability)
+    x_type = "i8" if kind == "int8" else "bf16"
+    signature = POINTERS | dict.fromkeys(SIZES, "i32")
+    constants = {
+        "ONE_IMAGE": True, "GROUP": config.group, "STAGES": config.stages, "SUBTILES": config.subtiles
+    }  # fmt: skip
+    if kind == "int8":
+        signature |= {"token_scale_ptr": "*fp32", "token_sum_ptr": "*i32"}
+    else:
+        constants |= {"token_scale_ptr": None, "token_sum_ptr": None}
+    n, m, j = config.block_n, config.block_m, config.block_j
+    if config.kernel == "hopper":
+        from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, int8, uint8
+
+        layout = NVMMASharedLayout.get_default_for([4, m, j], int8 if kind == "int8" else bfloat16)
+        signature["x_desc"] = f"tensordesc<{x_type}[4, {m}, {j}],{layout!r}>"
+        signature["packed_desc"] = f"tensordesc<u8[{n}, {j}],{NVMMASharedLayout.get_default_for([n, j], uint8)!r}>"
+        return Kernel("_gemm_hopper", "gemm_hopper", signature, constants, config.warps)
+    descriptors = config.kernel == "tile"
+    signature["x_source"] = f"tensordesc<{x_type}[1, {m}, {j}]>" if descriptors else f"*{x_type}"
+    signature["packed_source"] = f"tensordesc<u8[{n}, {j}]>" if descriptors else "*u8"
+    signature |= {"x_stride": "i32", "packed_stride": "i32"}
+    constants |= {"BN": n, "BM": m, "BJ": j, "FLATTEN": config.flatten}
+    constants |= {"DESCRIPTORS": descriptors, "ASSEMBLY": True}
+    return Kernel("_gemm_tile", "gemm_tile", signature, constants, config.warps, config.stages)
+
+
+def hopper(kind: str, n: int, m: int, j: int, warps: int, stages: int) -> Kernel:
+    from kernels._gemm_config import GemmConfig
+
+    return product(kind, 0, 90, GemmConfig(n, m, j, warps, stages, subtiles=4 if m >= 64 else 1, kernel="hopper"))
+
+
+def unpack(capability: int) -> Kernel:
+    codes = "*fp8e4nv" if capability >= 89 else "*i8"
+    signature = {"packed_ptr": "*u8", "codes_ptr": codes, "width": "i32", "in_features": "i32"}
+    return Kernel("_unpack", "unpack_kernel", signature, {"BLOCK": 1024})
+
+
+ANYWHERE: dict[str, Callable[[int], Kernel]] = {
+    "int8": lambda capability: product("int8", 4608, capability),
+    "int8, 100 tokens": lambda capability: product("int8", 100, capability),
+    "int8, 4 tokens": lambda capability: product("int8", 4, capability),
+    "16bit": lambda capability: product("16bit", 4608, capability),
+    "16bit, 100 tokens": lambda capability: product("16bit", 100, capability),
+    "16bit, 4 tokens": lambda capability: product("16bit", 4, capability),
+    "unpack": unpack,
+}
+HOPPER: dict[str, Callable[[int], Kernel]] = {
+    "hopper int8": lambda _: hopper("int8", 256, 128, 64, 8, 4),
+    "hopper int8, 4 tokens": lambda _: hopper("int8", 128, 16, 128, 4, 4),
+    "hopper 16bit": lambda _: hopper("16bit", 256, 128, 32, 8, 4),
+    "hopper 16bit, 4 tokens": lambda _: hopper("16bit", 128, 16, 64, 4, 4),
+}
+CASES = [(name, capability) for name in ANYWHERE for capability in SHARED_KIB] + [(name, 90) for name in HOPPER]
+
+
+def compiled(name: str, capability: int) -> dict[str, int]:
+    """Compiles a kernel of the tables: its registers, bytes of stack and of shared memory, and serialized products."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = (ANYWHERE | HOPPER)[name](capability)
+    function = getattr(importlib.import_module(f"kernels.{kernel.module}"), kernel.name)
+    types = {name: kernel.signature.get(name, "constexpr") for name in function.arg_names}
+    constants = {(place,): kernel.constants[name] for place, name in enumerate(types) if name in kernel.constants}
+    divisible = [["tt.divisibility", 16]]
+    aligned = {(place,): divisible for place, type in enumerate(types.values()) if type[0] == "*" or type == "i32"}
+    source = (GluonASTSource if name in HOPPER else ASTSource)(function, types, constants, aligned)
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    cubin, ptx = Path("kernel.cubin"), Path("kernel.ptx")
+    cubin.write_bytes(result.asm["cubin"])
+    usage = output(tools / "cuobjdump", "--dump-resource-usage", cubin)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    serialized = 0
+    if capability == 90:
+        ptx.write_text(result.asm["ptx"])
+        # C7510 to C7519: the assembler could not leave products of a warpgroup under way.
+        serialized = output(tools / "ptxas", "-arch=sm_90a", "--verbose", ptx, "-o", cubin).count("(C751")
+    return {"shared": result.metadata.shared, "serialized": serialized, **found}
+
+
+def output(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [pytest.param(*case, marks=[] if case == ("hopper int8", 90) else pytest.mark.slow) for case in CASES],
+)
+def test_kernel_fits_its_chip(name, capability, tmp_path):
+    root = str(Path(__file__).parents[2])
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    command = [sys.executable, __file__, name, str(capability)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    usage = json.loads(done.stdout.splitlines()[-1])
+    assert usage["REG"] >= REGISTERS, usage
+    assert usage["STACK"] <= STACK_BYTES, usage
+    assert usage["shared"] <= SHARED_KIB[capability] * 1024, usage
+    if name in HOPPER:
+        assert not usage["serialized"], usage
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled(sys.argv[1], int(sys.argv[2]))))
