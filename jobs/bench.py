@@ -143,7 +143,7 @@ def _device(section: str, tiny: bool) -> "torch.device":
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", torch.cuda.current_device())  # with its index: the allocator's cap wants one
     if not tiny:
         remedy = "run it on a machine with one" + ("" if section == "small-gpu" else ", or try --tiny")
         raise UserError(f"section {section} needs a CUDA GPU and torch sees none here: {remedy}")

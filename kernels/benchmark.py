@@ -226,6 +226,8 @@ def _measure_row(row: GemmRow, weights: Weights, x_MK: Tensor, measure: Timer) -
                 check()
             setattr(row, column, measure(call))
         except Exception as error:  # whatever a library or a kernel raises: the other columns still count
+            if "CUBLAS_STATUS_NOT_SUPPORTED" in str(error):
+                continue  # cuBLAS has no fp8 product for few tokens and many inputs: a dash, and no failure of ours
             errors.append(f"{column.removesuffix('_ms')}: {' '.join(str(error).split())[:200]}")
     row.error = "; ".join(errors) or None
 
