@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from bitflux_core.accounting import resident_bytes
@@ -22,6 +23,7 @@ from bitflux_core.samples import Sampling
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _IMAGE_PARTS = ("transformer", "vae", "scheduler")
+_WEIGHTS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,19 @@ def _load_pipeline(pipeline_dir: Path | str, dtype: torch.dtype, **parts: object
         )
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    how = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     try:
-        return FluxPipeline.from_pretrained(
-            pipeline_dir, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        loaded = {name: _load_whole(Path(pipeline_dir) / name, how) for name in _WEIGHTS if name not in parts}
+        return FluxPipeline.from_pretrained(pipeline_dir, **how, **loaded, **parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{pipeline_dir} cannot be loaded ({problem}): copy the model again") from error
+
+
+def _load_whole(folder: Path, how: dict[str, object]) -> torch.nn.Module:
+    """The model in `folder`. ValueError where a tensor is missing: the libraries only warn, and draw a random one."""
+    model, report = _WEIGHTS[folder.name].from_pretrained(folder, output_loading_info=True, **how)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"{folder.name} has {kind.replace('_', ' ')} such as {next(iter(report[kind]))}")
+    return model.eval()

@@ -37,8 +37,7 @@ def read_tensors(
                 if problem:
                     raise UserError(f"{file}: tensor {name} {problem}: {REMEDY}")
                 tensor = tensors.get_tensor(name)
-                if name in exact:
-                    _check_values(file, name, tensor)
+                _check_values(file, name, tensor, is_scale=name in exact)
                 yield name, tensor
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
@@ -55,11 +54,13 @@ def _misfit(name: str, shape: list[int], dtype: str, expected: Mapping[str, Tens
     return None
 
 
-def _check_values(file: Path, name: str, tensor: Tensor) -> None:
+def _check_values(file: Path, name: str, tensor: Tensor, is_scale: bool) -> None:
     if tensor.dtype == torch.uint8:
         try:
             check_packed(tensor, name)
         except ValueError as error:
             raise UserError(f"{file}: {error}: {REMEDY}") from error
-    elif not (tensor.isfinite() & (tensor >= 0)).all():
-        raise UserError(f"{file}: tensor {name} holds a scale that is negative or not finite: {REMEDY}")
+    elif not tensor.isfinite().all():
+        raise UserError(f"{file}: tensor {name} holds a value that is not finite: {REMEDY}")
+    elif is_scale and (tensor < 0).any():
+        raise UserError(f"{file}: tensor {name} holds a negative scale: {REMEDY}")

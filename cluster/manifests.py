@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 MANIFESTS = REPOSITORY / "manifests"
 FOLDERS = {"profile": MANIFESTS / "profiles", "benchmark": MANIFESTS / "workloads"}
 SUFFIXES = (".yaml", ".yml")
+MOST_IMAGES = 10_000  # a prompt; more is a slip of the keyboard, and its plan would not fit in memory
 
 Model = TypeVar("Model", bound=BaseModel)
 

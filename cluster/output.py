@@ -13,6 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitflux_core.errors import UserError
 
+_JOB_FILES = "runtime_resources"  # Ray's folder for copies of working directories, in the session's
+
 
 def alive_nodes() -> list[str]:
     """Ids of the cluster's nodes. Ray must be initialised."""
@@ -23,8 +25,9 @@ def check_output(uri: str, nodes: Sequence[str], submitted: bool) -> str:
     """The output in full: an absolute path or a URI that every one of `nodes` (Ray's ids) reaches.
 
     `submitted`: the driver runs as a Ray job, in a copy of the working directory that is thrown away afterwards.
-    Raises UserError for a path inside that copy, for a local path that another node does not see, for one that cannot
-    be written, and for `memory://`, which every process has for itself. URIs of remote storage are taken as they are.
+    Raises UserError for a relative path there and on several nodes, for a path inside that copy, for a local path that
+    another node does not see, for one that cannot be written, and for `memory://`, which every process has for itself.
+    URIs of remote storage are taken as they are.
     """
     try:
         fs, path = fsspec.core.url_to_fs(uri)
@@ -34,11 +37,11 @@ def check_output(uri: str, nodes: Sequence[str], submitted: bool) -> str:
         raise UserError(f"output {uri}: memory is each process's own; give --output a path or a URI of shared storage")
     if not isinstance(fs, LocalFileSystem):
         return uri
-    if submitted and Path(path).resolve().is_relative_to(Path.cwd()):
-        raise UserError(
-            f"output {uri}: lies in a submitted job's temporary copy of the code; "
-            "give --output an absolute path or a URI that every node reaches"
-        )
+    remedy = "give --output an absolute path or a URI that every node reaches"
+    if (submitted or len(nodes) > 1) and "://" not in uri and not os.path.isabs(os.path.expanduser(uri)):
+        raise UserError(f"output {uri}: a relative path means another folder on each node or in each copy; {remedy}")
+    if _JOB_FILES in Path(path).resolve().parts:
+        raise UserError(f"output {uri}: lies in a submitted job's temporary copy of the code; {remedy}")
     if len(nodes) > 1:
         _probe(Path(path), nodes)
     return path

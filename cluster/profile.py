@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
-from cluster.manifests import MANIFESTS, describe, find_manifest, read_manifest
+from cluster.manifests import MANIFESTS, MOST_IMAGES, describe, find_manifest, read_manifest
 
 # FLUX packs 2x2 latents of 8x8 pixels into one token.
 PIXELS_PER_TOKEN = 16
+LONGEST_TEXT = 512  # T5 tokens
 
 Gpus = Annotated[float, Field(ge=0)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -49,7 +50,7 @@ class Profile(_Declaration):
     benchmarks: Names
     variants: Names
     limit: PositiveInt | None = None
-    images_per_prompt: PositiveInt | None = None
+    images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     resources: Resources = Resources()
     assumptions: tuple[str, ...] = ()
 
@@ -59,8 +60,10 @@ class Profile(_Declaration):
         for side in ("width", "height"):
             if getattr(sampling, side) < 1 or getattr(sampling, side) % PIXELS_PER_TOKEN:
                 raise ValueError(f"{side} must be a positive multiple of {PIXELS_PER_TOKEN} pixels")
-        if sampling.steps < 1 or sampling.max_sequence_length < 1:
-            raise ValueError("steps and max_sequence_length must be at least 1")
+        if sampling.steps < 1:
+            raise ValueError("steps must be at least 1")
+        if not 1 <= sampling.max_sequence_length <= LONGEST_TEXT:
+            raise ValueError(f"max_sequence_length must be from 1 to {LONGEST_TEXT}, FLUX's longest text")
         if not 0 <= sampling.guidance < float("inf"):
             raise ValueError("guidance must be a number of at least 0")
         return sampling

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator
 
 from bitflux_core.errors import UserError
 from cluster.manifests import describe
@@ -33,6 +33,19 @@ class _GenEvalLine(BaseModel):
     prompt: str
     include: Annotated[list[_GenEvalGroup], Field(min_length=1)]
     exclude: list[_GenEvalGroup] = []
+
+    @field_validator("tag")
+    @classmethod
+    def _not_the_sums(cls, tag: str) -> str:
+        if tag == "overall":
+            raise ValueError("the results call the mean over all tags 'overall'; name the tag otherwise")
+        return tag
+
+    @field_validator("prompt")
+    @classmethod
+    def _encodable(cls, prompt: str) -> str:
+        prompt.encode()  # JSON can spell half of a surrogate pair, which is no text; the error is a ValueError
+        return prompt
 
 
 def parse_geneval(content: bytes, name: str) -> Iterator[ParsedPrompt]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bitflux_core.errors import UserError
-from cluster.manifests import find_manifest, read_manifest
+from cluster.manifests import MOST_IMAGES, find_manifest, read_manifest
 from cluster.prompt_files import PromptFile, read_prompt_file
 from cluster.prompt_parsers import PARSERS, ParsedPrompt
 
@@ -45,8 +45,8 @@ class _Manifest(BaseModel):
     evaluator: Annotated[str, Field(min_length=1)]
     parser: str
     files: Annotated[tuple[PromptFile, ...], Field(min_length=1)]
-    images_per_prompt: PositiveInt
-    seed: NonNegativeInt
+    images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # as wide as the results' column
     repeated_prompts: bool = False  # official lists may repeat a prompt: its index tells the two apart
 
     @field_validator("parser")

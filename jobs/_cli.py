@@ -29,7 +29,9 @@ def exit_code_of(job: Callable[[], int]) -> int:
     try:
         return job()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library said
+        # An actor's error comes as Ray's own, whose text is the actor's traceback; the error itself is its cause.
+        message = str(getattr(error, "cause", None) or error)
+        print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

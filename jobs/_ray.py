@@ -8,6 +8,8 @@ import logging
 import os
 from collections.abc import Iterator
 
+from bitflux_core.errors import UserError
+
 
 def in_submitted_job() -> bool:
     """True in the driver of `ray job submit`: Ray hands it its runtime environment in this variable."""
@@ -32,7 +34,11 @@ def connected() -> Iterator[None]:
     # A bare ray.init() would also join any Ray that happens to run here; only RAY_ADDRESS asks for that.
     address = None if "RAY_ADDRESS" in os.environ else "local"
     dashboard = False if address else None
-    ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise UserError(f"Ray at {where} cannot be joined ({error}): correct or unset RAY_ADDRESS") from error
     try:
         yield
     finally:

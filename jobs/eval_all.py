@@ -77,12 +77,17 @@ def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultSt
     from cluster.model_files import fingerprints, locate_models
     from cluster.output import alive_nodes, check_output
     from cluster.run import run
+    from evaluators.registry import check_prompts
 
     models = locate_models(profile, profile.variants)
     check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
+    for workload in plan.workloads.values():
+        metadata = {prompt.text: prompt.metadata for prompt in workload.prompts.values()}
+        check_prompts(workload.evaluator, metadata, workload.name, models.detector)
     plan = replace(plan, fingerprints=fingerprints(models, profile.variants))
     submitted = _ray.in_submitted_job()
-    output = check_output(args.output or DEFAULT_OUTPUT, [], submitted)
+    asked = DEFAULT_OUTPUT if args.output is None else args.output
+    output = check_output(asked, [], submitted)
     store = ResultStore(output, _run_id(args, plan))
     if args.fresh and store.plan_digest():
         raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
@@ -90,7 +95,7 @@ def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultSt
     complete = store.manifest() is not None  # then it is only read
     with contextlib.nullcontext() if complete else _ray.connected():
         if not complete:
-            check_output(output, alive_nodes(), submitted)
+            check_output(asked, alive_nodes(), submitted)
         with ProgressReport(console_on(sys.stderr)) as progress:
             summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
     return plan, store, summary

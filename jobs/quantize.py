@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from bitflux_core.errors import UserError
 from jobs._cli import COMPLETE, Parser, exit_code_of
 
 METHODS = ("least_squares", "absmean")
@@ -36,6 +37,8 @@ def _quantize(args: Namespace) -> int:
 
     profile = load_profile(args.profile)
     source = locate(profile, ["pipeline"])["pipeline"]
+    if args.output is None and profile.models.ternary is None:
+        raise UserError(f"profile {profile.name} names no models.ternary: give --output a folder")
     output = check_unused(args.output or REPOSITORY / str(profile.models.ternary))  # before the work, not after
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformer = load_transformer("bf16", pipeline_dir=source, ternary_dir=output, device=device, dtype=torch.bfloat16)

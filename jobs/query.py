@@ -41,6 +41,8 @@ def _query(args: Namespace) -> int:
         create_view(connection, args.output, args.run_id, args.partial)
         try:
             cursor = connection.execute(args.sql)
+            if cursor is None:
+                raise UserError("SQL: no statement; give one over the view `results`")
             columns = [column[0] for column in cursor.description or ()]
             rows = cursor.fetchall()
         except duckdb.Error as error:

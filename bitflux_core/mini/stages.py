@@ -66,6 +66,10 @@ def run_stages(names: list[str], settings: TrainSettings) -> None:
     for name in names:
         if name not in STAGES:
             raise UserError(f"unknown stage '{name}': choose from {', '.join(STAGES)}")
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{settings.output} cannot be made ({error.strerror}): name another folder") from error
     use_fast_math()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")

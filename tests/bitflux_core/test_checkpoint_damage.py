@@ -82,6 +82,10 @@ DAMAGES = {
     "negative scale": (scale(-1.0), [".safetensors", f"{LAYER}.scale", "negative"]),
     "scale not a number": (scale(float("nan")), [".safetensors", f"{LAYER}.scale", "not finite"]),
     "infinite scale": (scale(float("inf")), [".safetensors", f"{LAYER}.scale", "not finite"]),
+    "bias not a number": (
+        replace("proj_out.bias", torch.full((64,), float("nan"))),
+        [".safetensors", "proj_out.bias", "not finite"],
+    ),
     "mismatched codes": (
         replace(f"{LAYER}.packed", torch.zeros(32, 39, dtype=torch.uint8)),
         [f"{LAYER}.packed", "[32, 39]", "[32, 40]"],

@@ -1,10 +1,12 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
 
 from bitflux_core.accounting import resident_bytes
 from bitflux_core.errors import UserError
@@ -151,6 +153,20 @@ def test_memory_on_the_cpu_is_the_transformers_own(generator):
     assert ternary.peak_memory_bytes() < bf16.peak_memory_bytes()
 
 
+def drop_a_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_text_encoder_without_a_tensor_is_refused(pipeline_dir, tmp_path):
+    """transformers would fill the gap with random numbers, others at every start."""
+    folder = shutil.copytree(pipeline_dir, tmp_path / "copy")
+    drop_a_tensor(folder / "text_encoder_2" / "model.safetensors")
+    with pytest.raises(UserError, match="text_encoder_2 has missing keys such as"):
+        TextEncoder(folder, "cpu", torch.float32, 16)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -161,8 +177,13 @@ def test_memory_on_the_cpu_is_the_transformers_own(generator):
             lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no"),
             "cannot be loaded",
         ),
+        (
+            lambda folder: drop_a_tensor(folder / "vae" / "diffusion_pytorch_model.safetensors"),
+            "vae has missing keys such as",
+        ),
+        (lambda folder: (folder / "model_index.json").write_text("{}"), "cannot be loaded"),
     ],
-    ids=["no folder", "torn index", "no VAE", "damaged VAE"],
+    ids=["no folder", "torn index", "no VAE", "damaged VAE", "VAE without a tensor", "empty index"],
 )
 def test_a_damaged_pipeline_is_named_in_one_line(pipeline_dir, tmp_path, transformer, damage, words):
     folder = shutil.copytree(pipeline_dir, tmp_path / "copy")

@@ -125,7 +125,10 @@ def test_a_relative_output_is_refused_in_a_submitted_job(tmp_path, monkeypatch):
         check_output("results", alive_nodes(), submitted=True)
     assert check_output("results", alive_nodes(), submitted=False) == str(tmp_path / "results")
     with pytest.raises(UserError, match="temporary copy"):
-        check_output(str(Path.cwd() / "results"), alive_nodes(), submitted=True)
+        check_output(str(tmp_path / "runtime_resources" / "_ray_pkg_1" / "results"), alive_nodes(), submitted=True)
+    with pytest.raises(UserError, match="relative path"):
+        check_output("results", [*alive_nodes(), "another"], submitted=False)
+    assert check_output(str(tmp_path / "results"), alive_nodes(), submitted=True) == str(tmp_path / "results")
     with pytest.raises(UserError, match="each process's own"):
         check_output("memory://bucket/results", alive_nodes(), submitted=True)
     fsspec.register_implementation("remote", AbstractFileSystem, clobber=True)

@@ -69,6 +69,8 @@ def test_paths_beside_a_users_profile_become_absolute(tmp_path):
         ({"sampling": {**MINI["sampling"], "steps": 0}}, "steps"),
         ({"sampling": {**MINI["sampling"], "width": 100}}, "width must be a positive multiple of 16"),
         ({"sampling": {**MINI["sampling"], "guidance": float("nan")}}, "guidance"),
+        ({"sampling": {**MINI["sampling"], "max_sequence_length": 513}}, "max_sequence_length must be from 1 to 512"),
+        ({"images_per_prompt": 10**20}, "images_per_prompt"),
     ],
 )
 def test_a_faulty_profile_is_one_line_that_names_the_fault(tmp_path, changes, named):

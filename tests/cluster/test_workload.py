@@ -143,6 +143,8 @@ def test_a_file_that_cannot_be_fetched_points_to_the_data_dir(tmp_path, server):
         ([line(include=[])], "line 1: include"),
         ([line(include=[{"class": "circle", "count": 0}])], "line 1: include.0.count"),
         ([], "line 1"),
+        ([line(tag="overall")], "line 1: tag: the results call the mean"),
+        ([line(prompt="half a pair \ud800")], "line 1: prompt"),
     ],
 )
 def test_a_fault_in_a_users_file_is_named_by_line(tmp_path, lines, named):
@@ -168,6 +170,7 @@ def test_text_that_is_not_utf8(tmp_path):
         ({"files": [{"path": "absent.jsonl"}]}, "absent.jsonl"),
         ({"files": [{"path": "a", "url": "http://127.0.0.1/a"}]}, "needs its sha256"),
         ({"images_per_prompt": 0}, "images_per_prompt"),
+        ({"seed": 2**63}, "seed"),
         ({"name": "../up"}, "name"),
     ],
 )

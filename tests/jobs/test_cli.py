@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from bitflux_core.errors import UserError
 from jobs._cli import exit_code_of
@@ -19,6 +20,15 @@ def failing(error: BaseException):
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
     assert exit_code_of(failing(UserError("first\n  second"))) == 2
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_a_mistake_found_by_an_actor_is_one_line_too(capsys):
+    """Ray raises an error of its own that is a UserError as well and whose text is the actor's whole traceback."""
+    cause = UserError("weights.safetensors is damaged: copy it again")
+
+    wrapped = RayTaskError("start", "ray::Actor.start()\n  File 'replica.py'\nUserError: ...", cause)
+    assert exit_code_of(failing(wrapped.as_instanceof_cause())) == 2
+    assert capsys.readouterr().err == "error: weights.safetensors is damaged: copy it again\n"
 
 
 def test_an_interrupted_job_is_incomplete(capsys):

@@ -71,13 +71,13 @@ def test_full_precision_alone_needs_no_ternary_weights(refusal, make_profile):
     assert "models.ternary" in refusal("--profile", path)
 
 
-def write_workload(folder: Path, *prompts: str) -> str:
-    include = [{"class": "circle", "count": 1}]
+def write_workload(folder: Path, *prompts: str, label: str = "circle", **changes: object) -> str:
+    include = [{"class": label, "count": 1}]
     lines = [json.dumps({"tag": "colors", "include": include, "prompt": prompt}) for prompt in prompts]
     (folder / "own.jsonl").write_text("\n".join(lines))
     manifest = {"evaluator": "mini-geneval", "parser": "geneval", "files": [{"path": "own.jsonl"}]}
     path = folder / "own.yaml"
-    path.write_text(yaml.safe_dump({**manifest, "images_per_prompt": 1, "seed": 0}))
+    path.write_text(yaml.safe_dump({**manifest, "images_per_prompt": 1, "seed": 0, **changes}))
     return str(path)
 
 
@@ -91,6 +91,16 @@ def write_workload(folder: Path, *prompts: str) -> str:
 )
 def test_faulty_prompts_of_the_users_own(refusal, profile, tmp_path, prompts, named):
     workload = write_workload(tmp_path, *prompts)
+    assert named in refusal("--profile", profile, "--benchmarks", workload, "--output", str(tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("faults", "named"),
+    [({"label": "dog"}, "prompt 'a circle': "), ({"evaluator": "vqa"}, "no evaluator 'vqa': choose one of geneval")],
+)
+def test_a_workload_that_its_evaluator_cannot_judge(refusal, profile, tmp_path, faults, named):
+    workload = write_workload(tmp_path, "a circle", **faults)
     assert named in refusal("--profile", profile, "--benchmarks", workload, "--output", str(tmp_path / "results"))
     assert not (tmp_path / "results").exists()
 

@@ -122,3 +122,4 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(models, make_profile, tmp
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert weights.name in line
+    assert "ray::" not in line

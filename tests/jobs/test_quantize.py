@@ -21,6 +21,11 @@ def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()} == before
 
 
+def test_a_profile_without_a_place_for_the_twin(models, make_profile, capsys):
+    assert quantize.main(["--profile", make_profile({"ternary": None})]) == 2
+    assert "give --output a folder" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_refused(capsys):
     assert quantize.main(["--method", "magic"]) == 2
     assert "--method" in capsys.readouterr().err

@@ -87,6 +87,11 @@ def test_mistakes_are_one_line(output, capsys, arguments, named):
     assert named in captured.err
 
 
+def test_no_statement(output, capsys):
+    assert query.main(["", "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith("error: SQL: no statement")
+
+
 def test_an_output_without_runs(tmp_path, capsys):
     assert query.main(["SELECT 1", "--output", str(tmp_path / "absent")]) == 2
     assert "absent: no complete run there" in capsys.readouterr().err
