@@ -189,7 +189,8 @@ class Scheduler:
                 piece = self._failed(piece, "score", error)
             else:
                 key = piece.shard.key
-                self._proven.add(key.variant)
+                if any(image.error is None for image in scored):
+                    self._proven.add(key.variant)
                 self._uses[key] = drawn.report.use.joined(self._uses.get(key))
                 self._settle(
                     piece, scored_rows(self._plan, self._store.run_id, piece, drawn.report, scored, drawn.worker)

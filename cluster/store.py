@@ -8,10 +8,10 @@
 Every file is written once and never changed. A shard is done when its file exists; nothing else records progress.
 """
 
+import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable
 from typing import Any
 
 import fsspec
@@ -121,15 +121,33 @@ class ResultStore:
         self._fs.mv(self._path(name), f"{self._path(name)}.damaged-{uuid.uuid4().hex[:8]}")
 
     def read_rows(self, partial: bool = False) -> pa.Table:
-        """All rows of a complete run, or with `partial` those that are there. UserError for an incomplete run."""
+        """All rows of a complete run, or with `partial` those that are there.
+
+        UserError for an incomplete run, and for a file that is damaged or not the manifest's.
+        """
         manifest = self.manifest()
         if manifest is None and not partial:
             raise UserError(f"run {self.run_id} at {self.uri} is not complete; finish it, or ask for --partial")
-        names: Iterable[str] = (
-            [file["name"] for file in manifest["files"]] if manifest else sorted(self.shards().values())
+        digests: dict[str, str | None] = (
+            {file["name"]: file["sha256"] for file in manifest["files"]}
+            if manifest
+            else dict.fromkeys(sorted(self.shards().values()))
         )
-        tables = [decode(self.read(name)).replace_schema_metadata(None) for name in names]
+        tables = [self._table(name, digest).replace_schema_metadata(None) for name, digest in digests.items()]
         return pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
+
+    def _table(self, name: str, digest: str | None) -> pa.Table:
+        """A shard's rows. UserError where the file is gone or damaged, or is not the one of the manifest's `digest`."""
+        try:
+            content = self.read(name)
+            if digest not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError("it is not the file that the manifest names")
+            return decode(content)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.run_uri}/{name} cannot be used ({error}); "
+                f"remove the run's {MANIFEST} and run the same command: that draws the shard again"
+            ) from error
 
     def _publish(self, name: str, content: bytes) -> bool:
         try:
@@ -148,6 +166,10 @@ class ResultStore:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise UserError(
+                f"{self.run_uri}/{name} is damaged ({error}); remove it and run the same command again"
+            ) from error
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

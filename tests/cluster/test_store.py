@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from cluster_fakes import small_plan
@@ -93,6 +94,30 @@ def test_an_incomplete_run_is_read_on_request_only(plan, store):
     rows = store.read_rows(partial=True)
     assert rows.num_rows == 4
     assert rows["sample_id"].to_pylist() == plan.sample_ids(plan.shards[-1])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-9])], ids=["gone", "torn"]
+)
+def test_a_complete_run_with_a_damaged_shard_is_not_read(plan, store, damage):
+    store.open(plan)
+    for shard in plan.shards:
+        commit(plan, store, shard)
+    records = scan(store, plan).values()
+    files = [{"name": record.name, "sha256": record.sha256} for record in records]
+    store.write_manifest({"files": files})
+    assert store.read_rows().num_rows == plan.n_samples
+    damage(Path(store.run_uri) / files[1]["name"])
+    with pytest.raises(UserError, match=f"{files[1]['name']} cannot be used .* remove the run's _manifest.json"):
+        store.read_rows()
+
+
+@pytest.mark.parametrize("name", ["_plan.json", "_manifest.json"])
+def test_a_torn_description_is_named(plan, store, name):
+    store.open(plan)
+    (Path(store.run_uri) / name).write_text('{"digest": ')
+    with pytest.raises(UserError, match=f"{name} is damaged .* remove it"):
+        store.open(plan) if name == "_plan.json" else store.manifest()
 
 
 def test_an_output_that_is_no_folder_is_a_users_mistake(plan, tmp_path):
