@@ -1,12 +1,15 @@
 """Where there is no CUDA device, Triton kernels run in Triton's interpreter, which reads its switch at import."""
 
 import os
+import sys
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("Triton is imported already, without its interpreter: name tests/kernels first")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
