@@ -10,7 +10,7 @@ from bitflux_core.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 MANIFESTS = REPOSITORY / "manifests"
-FOLDERS = {"profile": MANIFESTS / "profiles", "benchmark": MANIFESTS / "workloads"}
+FOLDERS = {"profile": MANIFESTS / "profiles", "benchmark": MANIFESTS / "workloads", "gates": MANIFESTS / "gates"}
 SUFFIXES = (".yaml", ".yml")
 MOST_IMAGES = 10_000  # a prompt; more is a slip of the keyboard, and its plan would not fit in memory
 

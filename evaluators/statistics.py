@@ -68,10 +68,12 @@ def compare(
     expected: Mapping[str, int] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> list[Comparison]:
     """Variant minus baseline: one comparison a tag, in the order of `expected` (or of the rows), `overall` last.
 
     `expected` is each tag's number of planned pairs; left out, it is the number of pairs found in either list.
+    `confidence` is the interval's, which leaves the same share of the resamples out on either side.
     Raises ValueError where a list has a pair twice or a row's tag is not in `expected`.
     """
     tags = _by_tag([baseline_rows, variant_rows], expected)
@@ -90,7 +92,7 @@ def compare(
             n_scored=result.scored,
             n_failed=result.expected - result.scored,
         )
-        for result in _results(tags, np.array([-1.0, 1.0]), seed, resamples)
+        for result in _results(tags, np.array([-1.0, 1.0]), seed, resamples, confidence)
     ]
 
 
@@ -151,17 +153,20 @@ class _Result:
     high: float | None
 
 
-def _results(tags: Sequence[_Tag], contrast_V: np.ndarray, seed: int, resamples: int) -> list[_Result]:
+def _results(
+    tags: Sequence[_Tag], contrast_V: np.ndarray, seed: int, resamples: int, confidence: float = CONFIDENCE
+) -> list[_Result]:
     """Every tag's scores, their sum weighted by `contrast_V` and its interval; then those of the mean over the tags."""
     scores = [tag.scores() for tag in tags]
     draws = [tag.resampled(seed, resamples) for tag in tags]
     results = [
-        _result(tag.name, tag.expected, tag.scored, contrast_V, scores_V, draws_VR)
+        _result(tag.name, tag.expected, tag.scored, contrast_V, scores_V, draws_VR, confidence)
         for tag, scores_V, draws_VR in zip(tags, scores, draws, strict=True)
     ]
     expected, scored = sum(tag.expected for tag in tags), sum(tag.scored for tag in tags)
     # Tags are drawn apart from each other, so the r-th resample of the overall is the mean of the tags' r-th ones.
-    return [*results, _result(OVERALL, expected, scored, contrast_V, _mean(scores), _mean(draws))]
+    mean_V, mean_VR = _mean(scores), _mean(draws)
+    return [*results, _result(OVERALL, expected, scored, contrast_V, mean_V, mean_VR, confidence)]
 
 
 def _result(
@@ -171,12 +176,13 @@ def _result(
     contrast_V: np.ndarray,
     scores_V: np.ndarray | None,
     draws_VR: np.ndarray | None,
+    confidence: float,
 ) -> _Result:
     low = high = contrast = None
     if scores_V is not None:
         contrast = float(contrast_V @ scores_V)
     if draws_VR is not None:
-        tail = (1 - CONFIDENCE) / 2
+        tail = (1 - confidence) / 2
         low, high = np.quantile(contrast_V @ draws_VR, [tail, 1 - tail]).tolist()
     scores = [None] * len(contrast_V) if scores_V is None else scores_V.tolist()
     return _Result(tag, expected, scored, scores, contrast, low, high)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
-from cluster.profile import Profile, changed, load_profile
+from cluster.profile import Profile
 from cluster.store import ResultStore
 from cluster.workload import load_workload
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
+from jobs._inputs import check_variants, chosen_profile, located
 from jobs._plan_report import print_plan
 from jobs._progress import ProgressReport
 from jobs._report import document, print_report
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: Namespace) -> int:
     _ray.prepare()
-    profile = _profile(args)
+    profile = chosen_profile(args)
     workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
-    _check_variants(profile.variants)
+    check_variants(profile.variants)
     plan = build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
     console = console_on(sys.stderr if args.json else sys.stdout)
     if args.dry_run:
@@ -73,18 +74,11 @@ def _evaluate(args: Namespace) -> int:
 def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultStore, "RunSummary"]:
     """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
     # Importing torch and ray takes longest: only after what can be refused without them.
-    from bitflux_core.prompts import check_prompt_lengths
-    from cluster.model_files import fingerprints, locate_models
     from cluster.output import alive_nodes, check_output
     from cluster.run import run
-    from evaluators.registry import check_prompts
 
-    models = locate_models(profile, profile.variants)
-    check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
-    for workload in plan.workloads.values():
-        metadata = {prompt.text: prompt.metadata for prompt in workload.prompts.values()}
-        check_prompts(workload.evaluator, metadata, workload.name, models.detector)
-    plan = replace(plan, fingerprints=fingerprints(models, profile.variants))
+    models, fingerprints = located(profile, plan, profile.variants)
+    plan = replace(plan, fingerprints=fingerprints)
     submitted = _ray.in_submitted_job()
     asked = DEFAULT_OUTPUT if args.output is None else args.output
     output = check_output(asked, [], submitted)
@@ -99,21 +93,6 @@ def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultSt
         with ProgressReport(console_on(sys.stderr)) as progress:
             summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
     return plan, store, summary
-
-
-def _profile(args: Namespace) -> Profile:
-    """The profile with what the command line changes in it."""
-    fields = ("benchmarks", "variants", "limit", "images_per_prompt")
-    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
-    return changed(load_profile(args.profile), given)
-
-
-def _check_variants(variants: tuple[str, ...]) -> None:
-    from bitflux_core.variants import VARIANTS
-
-    unknown = [variant for variant in variants if variant not in VARIANTS]
-    if unknown:
-        raise UserError(f"unknown variant '{unknown[0]}': choose from {', '.join(VARIANTS)}")
 
 
 def _run_id(args: Namespace, plan: Plan) -> str:

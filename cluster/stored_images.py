@@ -1,0 +1,95 @@
+"""Scoring a finished run's images again without drawing: actors that stand in for the models and hand out its files."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.device import worker_host
+from cluster.pieces import DrawBatch
+from cluster.plan import Plan
+from cluster.rows import DrawReport, ModelUse, decode, model_use
+from cluster.store import ResultStore
+from cluster.workers import HELPER_CPUS, Workers
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """A run's images: each one's file and seconds by variant and noise seed, and what the variants' models took."""
+
+    store: ResultStore
+    files: dict[tuple[str, int], tuple[str, float]]
+    uses: dict[str, ModelUse]
+
+
+class StoredReplica:
+    """Has a replica's methods; what it draws are the stored images."""
+
+    def __init__(self, stored: StoredImages) -> None:
+        self._stored = stored
+
+    def start(self, variant: str) -> None:
+        """Nothing to load."""
+
+    def draw(self, variant: str, batches: tuple[DrawBatch, ...], *embeddings: object) -> tuple[DrawReport, np.ndarray]:
+        """The kept images. Raises LookupError for one that the run does not have."""
+        wanted = [(variant, batch.noise_seeds[slot]) for batch in batches for slot in batch.kept]
+        if any(key not in self._stored.files for key in wanted):
+            raise LookupError(f"run {self._stored.store.run_id} has no image of this sample")
+        found = [self._stored.files[key] for key in wanted]
+        images = np.stack([read_image(self._stored.store, name) for name, _ in found])
+        return DrawReport(tuple(seconds for _, seconds in found), worker_host(), self._stored.uses[variant]), images
+
+
+class StoredEncoder:
+    """Has a text encoder's methods; stored images need no embeddings."""
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[None, ...]:
+        return (None, *(None for _ in prompts))
+
+
+def stored_images(store: ResultStore, plan: Plan) -> StoredImages:
+    """What a complete run drew of `plan`'s samples and variants; those without an image are left out.
+
+    Raises LookupError where the run has no image of a variant.
+    """
+    seeds = {sample.pair_id: sample.noise_seed for shard in plan.shards for sample in shard.samples}
+    files: dict[tuple[str, int], tuple[str, float]] = {}
+    uses: dict[str, ModelUse] = {}
+    for key, name in store.shards().items():
+        if key.variant not in plan.variants:
+            continue
+        table = decode(store.read(name))
+        use = model_use(table)
+        if use:
+            uses[key.variant] = use.joined(uses.get(key.variant))
+        for row in table.select(["pair_id", "image_path", "seconds"]).to_pylist():
+            if row["image_path"] and row["pair_id"] in seeds:
+                files[key.variant, seeds[row["pair_id"]]] = (row["image_path"], row["seconds"])
+    lacking = [variant for variant in plan.variants if variant not in uses]
+    if lacking:
+        raise LookupError(f"run {store.run_id} has no images of {lacking[0]}")
+    return StoredImages(store, files, uses)
+
+
+def read_image(store: ResultStore, name: str) -> np.ndarray:
+    """An image's uint8 RGB values [H, W, 3]."""
+    with Image.open(io.BytesIO(store.read(name))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def with_stored_images(workers: Workers, stored: StoredImages) -> Workers:
+    """`workers` with Ray actors that hand out stored images in place of replicas and text encoders."""
+    import ray
+
+    def actor(cls: type, *args: Any) -> Any:
+        options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
+        return ray.remote(cls).options(num_cpus=HELPER_CPUS, num_gpus=0, **options).remote(*args)
+
+    return Workers(lambda: actor(StoredReplica, stored), lambda: actor(StoredEncoder), workers.evaluator)
