@@ -103,22 +103,29 @@ def _store(
     tokens_an_image,
     residual_stride,
     ONE_IMAGE: gl.constexpr,
+    DIGITS: gl.constexpr,
 ):
     """As `store_tile` of kernels/_gemm_parts.py, but in the accumulator's layout: what crosses shared memory to be
     turned round, the residual one way and the result the other, is of 16 bits.
     """
     BN: gl.constexpr = acc.shape[0]
-    BM: gl.constexpr = acc.shape[1]
-    COLUMNS: gl.constexpr = acc.type.layout
+    BM: gl.constexpr = acc.shape[1] // DIGITS
+    offs_r = start_m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    mask_r = offs_r < tokens
+    if token_sum_ptr is not None:
+        acc -= gl.expand_dims(gl.load(token_sum_ptr + offs_r, mask_r, other=0), 0)
+    y = acc.to(gl.float32)
+    if token_scale_ptr is not None:
+        y *= gl.expand_dims(gl.load(token_scale_ptr + offs_r, mask_r, other=0), 0)
+    if DIGITS > 1:
+        y = gl.sum(y.reshape((BN, BM, DIGITS)), 2)
+    COLUMNS: gl.constexpr = y.type.layout
+    start_m //= DIGITS
+    tokens //= DIGITS
     offs_m = start_m + gl.arange(0, BM, gl.SliceLayout(0, COLUMNS))
     offs_n = start_n + gl.arange(0, BN, gl.SliceLayout(1, COLUMNS))
     mask_m = offs_m < tokens
     mask_n = offs_n < features
-    if token_sum_ptr is not None:
-        acc -= gl.expand_dims(gl.load(token_sum_ptr + offs_m, mask_m, other=0), 0)
-    y = acc.to(gl.float32)
-    if token_scale_ptr is not None:
-        y *= gl.expand_dims(gl.load(token_scale_ptr + offs_m, mask_m, other=0), 0)
     y *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask_n, other=0), 1)
     if bias_ptr is not None:
         y += gl.expand_dims(gl.load(bias_ptr + offs_n, mask_n, other=0).to(gl.float32), 1)
@@ -159,6 +166,7 @@ def gemm_hopper(
     tokens_an_image,
     residual_stride,
     ONE_IMAGE: gl.constexpr,
+    DIGITS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     SUBTILES: gl.constexpr,
@@ -248,4 +256,5 @@ def gemm_hopper(
                 tokens_an_image,
                 residual_stride,
                 ONE_IMAGE,
+                DIGITS,
             )

@@ -109,25 +109,31 @@ def store_tile(
     tokens_an_image,
     residual_stride,
     ONE_IMAGE: tl.constexpr,
+    DIGITS: tl.constexpr,
 ):
     """residual + gate x (acc, less the tokens' sums, x both scales + bias), in float32; stored as [tokens, features].
 
-    The tile is turned round as it is, without any scale, so that everything else is read and written by rows.
+    The tile is turned round as it is, without any scale, so that everything else is read and written by rows. With
+    DIGITS above 1 so many of acc's columns, as of x's rows, make up a token: it is their sum, each with its own scale.
     """
     BN: tl.constexpr = acc.shape[0]
-    BM: tl.constexpr = acc.shape[1]
+    BM: tl.constexpr = acc.shape[1] // DIGITS
     acc = tl.trans(acc)
-    offs_m = start_m + tl.arange(0, BM)
+    offs_r = start_m + tl.arange(0, acc.shape[0])
+    mask_r = offs_r < tokens
+    if token_sum_ptr is not None:
+        acc -= tl.load(token_sum_ptr + offs_r, mask_r, other=0)[:, None]
+    y = acc.to(tl.float32)
+    if token_scale_ptr is not None:
+        y *= tl.load(token_scale_ptr + offs_r, mask_r, other=0)[:, None]
+    if DIGITS > 1:
+        y = tl.sum(y.reshape(BM, DIGITS, BN), 1)
+    offs_m = start_m // DIGITS + tl.arange(0, BM)
     offs_n = start_n + tl.arange(0, BN)
-    mask_m = offs_m < tokens
+    mask_m = offs_m < tokens // DIGITS
     mask_n = offs_n < features
     mask = mask_m[:, None] & mask_n[None, :]
     rows = offs_m.to(tl.int64)[:, None]
-    if token_sum_ptr is not None:
-        acc -= tl.load(token_sum_ptr + offs_m, mask_m, other=0)[:, None]
-    y = acc.to(tl.float32)
-    if token_scale_ptr is not None:
-        y *= tl.load(token_scale_ptr + offs_m, mask_m, other=0)[:, None]
     y *= tl.load(scale_ptr + offs_n, mask_n, other=0)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask_n, other=0).to(tl.float32)[None, :]

@@ -29,6 +29,7 @@ def gemm_tile(
     x_stride,
     packed_stride,
     ONE_IMAGE: tl.constexpr,
+    DIGITS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BN: tl.constexpr,
@@ -94,4 +95,5 @@ def gemm_tile(
                 tokens_an_image,
                 residual_stride,
                 ONE_IMAGE,
+                DIGITS,
             )

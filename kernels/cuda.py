@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.gemm import matmul_int8_triton, matmul_triton
-from kernels.reference import Quantized
+from kernels._gemm_config import SMALL_M
+from kernels.gemm import matmul_digits_triton, matmul_int8_triton, matmul_triton
+from kernels.reference import DIGITS, Quantized
 from kernels.rotary import qk_norm_rope_triton as qk_norm_rope
 from kernels.rowwise import gelu_quantize_triton as gelu_quantize
 from kernels.rowwise import gelu_triton as gelu
@@ -41,6 +42,10 @@ def matmul(
     arguments = (packed_NJ, scale_N, bias_N, gate_BN, residual_MN, in_features)
     if x_MK.dtype == torch.float32:  # tensor cores would round it to TF32
         return reference.matmul(x_MK, *arguments)
+    rows = DIGITS * x_MK.shape[0]
+    if rows <= SMALL_M:
+        config = choose_config("int8", rows, packed_NJ.shape[0], in_features, x_MK.device)
+        return matmul_digits_triton(x_MK, *arguments, config)
     config = choose_config("16bit", x_MK.shape[0], packed_NJ.shape[0], in_features, x_MK.device)
     return matmul_triton(x_MK, *arguments, config)
 

@@ -16,7 +16,8 @@ from kernels._gemm_config import GemmConfig, config_from_dict, config_to_dict, d
 from kernels._gemm_tile import gemm_tile
 from kernels._unpack import unpack
 from kernels.packing import PLANES
-from kernels.reference import plane_padded, plane_width
+from kernels.reference import DIGITS, plane_padded, plane_width
+from kernels.rowwise import digits_triton
 
 __all__ = [
     "GemmConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "config_to_dict",
     "default_config",
     "launch",
+    "matmul_digits_triton",
     "matmul_int8_triton",
     "matmul_triton",
     "unpack",
@@ -64,14 +66,37 @@ def matmul_triton(
     config: GemmConfig | None = None,
 ) -> Tensor:
     """`reference.matmul` by a fused kernel, float32 sums, [M, N] in x's dtype. ValueError for a float32 x."""
-    if x_MK.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x is {x_MK.dtype}: the fused product takes bfloat16 and float16")
+    _check_16_bit(x_MK)
     tokens, features = x_MK.shape[0], packed_NJ.shape[0]
     config = config or default_config("16bit", tokens, features, in_features, _capability(x_MK.device))
     # Copied only where the planes of x do not start at multiples of 16 columns as it is.
     x_MP = x_MK if in_features % (PLANES * _BYTES_A_LOAD) == 0 else plane_padded(x_MK)
     y_MN = x_MK.new_empty(tokens, features)
     launch(y_MN, x_MP, None, None, packed_NJ, scale_N, bias_N, gate_BN, residual_MN, config)
+    return y_MN
+
+
+def matmul_digits_triton(
+    x_MK: Tensor,
+    packed_NJ: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    gate_BN: Tensor | None,
+    residual_MN: Tensor | None,
+    in_features: int,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """As `matmul_triton`, by integer products of the `reference.digits` of x, of which `config` counts the rows.
+
+    For few tokens: decoding to int8 takes a third of the instructions of decoding to 16 bits, and there it is all that
+    the multiprocessors do while they wait for the weight's bytes.
+    """
+    _check_16_bit(x_MK)
+    x = digits_triton(x_MK)
+    rows, features = x.values_MP.shape[0], packed_NJ.shape[0]
+    config = config or default_config("int8", rows, features, in_features, _capability(x_MK.device))
+    y_MN = x_MK.new_empty(x_MK.shape[0], features)
+    launch(y_MN, *x, packed_NJ, scale_N, bias_N, gate_BN, residual_MN, config, DIGITS)
     return y_MN
 
 
@@ -86,9 +111,14 @@ def launch(
     gate_BN: Tensor | None,
     residual_MN: Tensor | None,
     config: GemmConfig,
+    digits: int = 1,
 ) -> None:
-    """Writes y. `x_MP` is int8 with both scale_M and sum_M, or 16-bit with neither."""
+    """Writes y. `x_MP` is int8 with both scale_M and sum_M, or 16-bit with neither.
+
+    `digits` of its rows make up a token.
+    """
     tokens, features = y_MN.shape
+    rows = digits * tokens
     width = plane_width(PLANES * packed_NJ.shape[1])
     if packed_NJ.shape[1] != width:  # `pad` copies where there is nothing to pad, too
         packed_NJ = F.pad(packed_NJ, (0, width - packed_NJ.shape[1]))
@@ -104,7 +134,7 @@ def launch(
         bias_N,
         None if gate_BN is None else gate_BN.contiguous(),
         residual_MN,
-        tokens,
+        rows,
         features,
         width,
         tokens // images,
@@ -112,15 +142,16 @@ def launch(
     )
     constants = {
         "ONE_IMAGE": images == 1,
+        "DIGITS": digits,
         "GROUP": config.group,
         "STAGES": config.stages,
         "SUBTILES": config.subtiles,
         "num_warps": config.warps,
     }
     # Shapes, strides and blocks of the descriptors.
-    x_view = [PLANES, tokens, width], [width, x_MP.stride(0), 1]
+    x_view = [PLANES, rows, width], [width, x_MP.stride(0), 1]
     packed_view = [features, width], [packed_NJ.stride(0), 1], [config.block_n, config.block_j]
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(features, config.block_n)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(features, config.block_n)
     grid = (min(tiles, config.residents * _multiprocessors(y_MN.device)),)
     if config.kernel == "hopper":
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Descriptor
@@ -148,6 +179,11 @@ def launch(
             num_stages=config.stages,
             **constants,
         )
+
+
+def _check_16_bit(x_MK: Tensor) -> None:
+    if x_MK.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x_MK.dtype}: the fused product takes bfloat16 and float16")
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from kernels.packing import PLANES, packed_width, unpack_planes
 Activations = Literal["native", "int8"]
 
 INT8_MAX = 127
+DIGITS = 4  # rows that `digits` makes of a token: three digits to the base 256 and zeros, since sums want a power of 2
+_LARGEST_DIGITS = INT8_MAX << 16
 _SMALLEST_AMAX = 1e-30  # keeps a token of zeros from dividing by zero; its quantized values are zeros all the same
 _BYTES_A_LOAD = 16  # bulk copies start at multiples of it
 
@@ -85,6 +87,28 @@ def quantize(x_MK: Tensor) -> Quantized:
     values_MK = (wide_MK * (INT8_MAX / amax_M)[:, None]).round_().where(finite_M[:, None], 0).to(torch.int8)
     scale_M = (amax_M / INT8_MAX).where(finite_M, torch.nan)
     return Quantized(plane_padded(values_MK), scale_M, values_MK.sum(dim=1, dtype=torch.int32))
+
+
+def digits(x_MK: Tensor) -> Quantized:
+    """x as fixed-point numbers of 24 bits below each token's largest, [4 M, P]: rows 4 m to 4 m + 3 add up to token m.
+
+    Errs by less than 2^-22 of a token's largest number, bfloat16 itself by 2^-9 of each number.
+    """
+    wide_MK = x_MK.float()
+    amax_M = wide_MK.abs().amax(dim=1)
+    finite_M = amax_M.isfinite()
+    amax_M = amax_M.clamp(min=_SMALLEST_AMAX)
+    rest_MK = (wide_MK * (_LARGEST_DIGITS / amax_M)[:, None] + 0.5).floor_().where(finite_M[:, None], 0).int()
+    scale_M = (amax_M / _LARGEST_DIGITS).where(finite_M, torch.nan)
+    rows, scales = [torch.zeros_like(rest_MK)], [scale_M * 0]
+    for place in range(DIGITS - 1):
+        digit_MK = ((rest_MK + 128) & 255) - 128
+        rest_MK = (rest_MK - digit_MK) >> 8
+        rows.append(digit_MK)
+        scales.append(scale_M * 256.0**place)
+    values_RK = torch.stack(rows, dim=1).flatten(0, 1)
+    sum_R = values_RK.sum(dim=1, dtype=torch.int32)
+    return Quantized(plane_padded(values_RK.to(torch.int8)), torch.stack(scales, dim=1).flatten(), sum_R)
 
 
 def matmul_int8(

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._row_parts import add_up, load_row, magnitude_bits, scales_of, store_quantized, store_row
-from kernels.reference import Quantized, plane_padded, quantized_width
+from kernels._row_parts import add_up, digit_scales_of, load_row, magnitude_bits, scales_of, store_quantized, store_row
+from kernels.reference import DIGITS, Quantized, plane_padded, quantized_width
 
 _WIDEST_ROW = 32768  # 64 registers a thread at 16 warps
 _ELEMENTS_A_THREAD = 32
@@ -36,6 +36,35 @@ def _quantize_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.
     total = store_quantized(values_ptr + row * WIDTH, x, finite, inverse, WIDTH, BLOCK)
     tl.store(scale_ptr + row, scale)
     tl.store(sum_ptr + row, total)
+
+
+@triton.jit
+def _digits_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x = load_row(x_ptr + row * x_stride, WIDTH, BLOCK)
+    finite, inverse, scale = digit_scales_of(magnitude_bits(x))
+    rest = ()
+    zeros = ()
+    for i in tl.static_range(len(x)):
+        whole = tl.floor(x[i] * inverse + 0.5)
+        rest += (tl.where(finite, whole, 0).to(tl.int32),)
+        zeros += (tl.zeros([BLOCK], tl.int32),)
+    row *= 4
+    store_row(values_ptr + row * WIDTH, zeros, WIDTH, BLOCK)
+    tl.store(scale_ptr + row, scale * 0)
+    tl.store(sum_ptr + row, 0)
+    for place in tl.static_range(1, 4):
+        digits = ()
+        left = ()
+        for i in tl.static_range(len(x)):
+            digit = ((rest[i] + 128) & 255) - 128
+            digits += (digit,)
+            left += ((rest[i] - digit) >> 8,)
+        rest = left
+        store_row(values_ptr + (row + place) * WIDTH, digits, WIDTH, BLOCK)
+        tl.store(scale_ptr + row + place, scale)
+        tl.store(sum_ptr + row + place, add_up(digits))
+        scale *= 256
 
 
 @triton.jit
@@ -138,6 +167,19 @@ def quantize_triton(x_MK: Tensor) -> Quantized:
     return _padded(quantized)
 
 
+def digits_triton(x_MK: Tensor) -> Quantized:
+    """As `reference.digits`, bit for bit."""
+    x_MK = _rows(x_MK)
+    tokens, width = x_MK.shape
+    quantized = _empty_quantized(x_MK, width, rows=DIGITS * tokens)
+    warps = _warps(width)
+    # Contracting multiplication and addition would round once where the reference rounds twice.
+    _digits_kernel[(tokens,)](
+        x_MK, *quantized, x_MK.stride(0), width, _block(width, warps), num_warps=warps, enable_fp_fusion=False
+    )
+    return _padded(quantized)
+
+
 def norm_modulate_triton(x_MK: Tensor, shift_BK: Tensor, scale_BK: Tensor, eps: float) -> Tensor:
     """As `reference.norm_modulate`."""
     y_MK = torch.empty(x_MK.shape, dtype=x_MK.dtype, device=x_MK.device)
@@ -212,13 +254,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _empty_quantized(x_MK: Tensor, width: int) -> Quantized:
-    """Outputs without the padding of planes, which `_padded` adds where there is any."""
-    tokens, device = x_MK.shape[0], x_MK.device
+def _empty_quantized(x_MK: Tensor, width: int, rows: int | None = None) -> Quantized:
+    """Outputs without the padding of planes, which `_padded` adds where there is any; x's number of rows by default."""
+    rows, device = rows or x_MK.shape[0], x_MK.device
     return Quantized(
-        torch.empty(tokens, width, dtype=torch.int8, device=device),
-        torch.empty(tokens, dtype=torch.float32, device=device),
-        torch.empty(tokens, dtype=torch.int32, device=device),
+        torch.empty(rows, width, dtype=torch.int8, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
     )
 
 

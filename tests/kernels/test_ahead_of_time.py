@@ -35,17 +35,18 @@ class Kernel:
 
 
 POINTERS = {"y_ptr": "*bf16", "scale_ptr": "*fp32", "bias_ptr": "*bf16", "gate_ptr": "*bf16", "residual_ptr": "*bf16"}
+EXACT = ("_quantize_kernel", "_digits_kernel")  # compiled without contracting multiplication and addition
 SIZES = ("tokens", "features", "plane_width", "tokens_an_image", "residual_stride")
 
 
-def product(kind: str, tokens: int, capability: int, config: Any = None) -> Kernel:
+def product(kind: str, tokens: int, capability: int, config: Any = None, digits: int = 1) -> Kernel:
     from kernels._gemm_config import default_config
 
     config = config or default_config(kind, tokens, 9216, 3072, capability)
     x_type = "i8" if kind == "int8" else "bf16"
     signature = POINTERS | dict.fromkeys(SIZES, "i32")
     constants = {
-        "ONE_IMAGE": True, "GROUP": config.group, "STAGES": config.stages, "SUBTILES": config.subtiles
+        "ONE_IMAGE": True, "DIGITS": digits, "GROUP": config.group, "STAGES": config.stages, "SUBTILES": config.subtiles
     }  # fmt: skip
     if kind == "int8":
         signature |= {"token_scale_ptr": "*fp32", "token_sum_ptr": "*i32"}
@@ -82,18 +83,18 @@ def unpack(capability: int) -> Kernel:
 
 def rowwise(name: str, constants: dict[str, Any], warps: int, x: tuple[str, ...], strides: tuple[str, ...]) -> Kernel:
     outputs = {"y_ptr": "*i8", "token_scale_ptr": "*fp32", "token_sum_ptr": "*i32"}
-    if name == "_quantize_kernel":
+    if name in EXACT:
         outputs = {"values_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32"}
     elif not constants["QUANTIZE"]:
         outputs = dict.fromkeys(outputs, "*bf16")
     signature = dict.fromkeys(x, "*bf16") | outputs | dict.fromkeys(strides, "i32")
     if name == "_norm_kernel":
         signature |= {"tokens_an_image": "i32", "eps": "fp32"}
-    return Kernel("rowwise", name, signature, constants, warps, fp_fusion=name != "_quantize_kernel")
+    return Kernel("rowwise", name, signature, constants, warps, fp_fusion=name not in EXACT)
 
 
-def quantize(_: int) -> Kernel:
-    return rowwise("_quantize_kernel", {"WIDTH": 3072, "BLOCK": 1024}, 4, ("x_ptr",), ("x_stride",))
+def quantize(name: str) -> Kernel:
+    return rowwise(name, {"WIDTH": 3072, "BLOCK": 1024}, 4, ("x_ptr",), ("x_stride",))
 
 
 def norm(quantized: bool) -> Kernel:
@@ -119,11 +120,14 @@ ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "int8": lambda capability: product("int8", 4608, capability),
     "int8, 100 tokens": lambda capability: product("int8", 100, capability),
     "int8, 4 tokens": lambda capability: product("int8", 4, capability),
+    "digits, 2 tokens": lambda capability: product("int8", 8, capability, digits=4),
+    "digits, 4 tokens": lambda capability: product("int8", 16, capability, digits=4),
     "16bit": lambda capability: product("16bit", 4608, capability),
     "16bit, 100 tokens": lambda capability: product("16bit", 100, capability),
     "16bit, 4 tokens": lambda capability: product("16bit", 4, capability),
     "unpack": unpack,
-    "quantize": quantize,
+    "quantize": lambda _: quantize("_quantize_kernel"),
+    "digits": lambda _: quantize("_digits_kernel"),
     "norm": lambda _: norm(False),
     "norm, quantized": lambda _: norm(True),
     "gelu": lambda _: gelu(False),

@@ -11,6 +11,7 @@ from kernels.gemm import (
     config_from_dict,
     config_to_dict,
     default_config,
+    matmul_digits_triton,
     matmul_int8_triton,
     matmul_triton,
     unpack,
@@ -143,8 +144,8 @@ def test_default_blocks(device):
         x = reference.quantize(case.x_MK)
         y_MN = matmul_int8_triton(*x, *case.weight, torch.bfloat16)
         torch.testing.assert_close(y_MN, reference.matmul_int8(x, *case.weight, torch.bfloat16))
-        y_MN = matmul_triton(case.x_MK, *case.weight)
-        torch.testing.assert_close(y_MN, reference.matmul(case.x_MK, *case.weight))
+        for product in (matmul_triton, matmul_digits_triton):
+            torch.testing.assert_close(product(case.x_MK, *case.weight), reference.matmul(case.x_MK, *case.weight))
 
 
 @pytest.mark.parametrize("value", [0, 127, -127])
@@ -193,6 +194,31 @@ def test_what_is_not_finite_stays_in_its_row(m, k, value, device):
     assert torch.equal(y_MN[others], clean_MN[others])
 
 
+FEW = [GemmConfig(32, 16, 32, warps=4, stages=2), GemmConfig(32, 16, 32, warps=4, stages=2, kernel="pointers")]
+if HOPPER:
+    FEW += [GemmConfig(128, m, 128, warps=4, stages=4, kernel="hopper") for m in (8, 16)]
+
+
+@pytest.mark.parametrize("config", FEW)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 64), (2, 33, 64), (3, 48, 256), (4, 31, 130), (9, 40, 200)])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_digits(m, n, k, images, config, device):
+    case = Case(m, n, k, device, images=images if m % 2 == 0 else 0, bias=True, residual=True, dtype=torch.float16)
+    case.x_MK[0, 1] = 3000  # beside which the token's other numbers are small
+    y_MN = matmul_digits_triton(case.x_MK, *case.weight, config)
+    error_MN = (y_MN.double() - case.expected(case.x_MK)).abs()
+    assert (error_MN <= 1e-3 * case.expected(case.x_MK).abs() + 2e-6 * case.rounding(case.x_MK) + 1e-6).all()
+
+
+def test_digits_of_what_is_not_finite(device):
+    case = Case(4, 36, 72, device, bias=True, dtype=torch.bfloat16)
+    clean_MN = matmul_digits_triton(case.x_MK, *case.weight, WIDE)
+    case.x_MK[1, 70], case.x_MK[2, 3] = torch.inf, torch.nan
+    y_MN = matmul_digits_triton(case.x_MK, *case.weight, WIDE)
+    assert y_MN[1:3].isnan().all()
+    assert torch.equal(y_MN[[0, 3]], clean_MN[[0, 3]])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_and_small_values(dtype, device):
     """The decoded codes are exact, so that the range of x is that of its dtype."""
@@ -204,8 +230,9 @@ def test_large_and_small_values(dtype, device):
 
 def test_float32_is_refused(device):
     case = Case(4, 16, 64, device)
-    with pytest.raises(ValueError, match="float32"):
-        matmul_triton(case.x_MK, *case.weight, WIDE)
+    for product in (matmul_triton, matmul_digits_triton):
+        with pytest.raises(ValueError, match="float32"):
+            product(case.x_MK, *case.weight, WIDE)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from kernels import reference
 from kernels.packing import pack_planes
 from kernels.reference import (
     _integer_product,
@@ -98,3 +99,15 @@ def test_int8_linear_does_not_hide_what_is_not_finite(value):
     y_MN = ternary_linear_int8(x_MK, packed_NJ, scale_N, bias_N, 8)
     assert y_MN[0].isfinite().all()
     assert not y_MN[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_digits_add_up_to_the_token(dtype):
+    x_MK = torch.randn(5, 70, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x_MK[2] = 0
+    x_MK[3, 4] = 1e4
+    digits = reference.digits(x_MK)
+    rows_RK = reference.plane_unpadded(digits.values_MP, 70).double() * digits.scale_M.double()[:, None]
+    error_MK = (rows_RK.unflatten(0, (5, -1)).sum(dim=1) - x_MK.double()).abs()
+    assert (error_MK <= 2**-22 * x_MK.double().abs().amax(dim=1, keepdim=True)).all()
+    assert torch.equal(digits.sum_M, digits.values_MP.sum(dim=1, dtype=torch.int32))

@@ -7,6 +7,7 @@ import torch
 
 from kernels import reference
 from kernels.rowwise import (
+    digits_triton,
     gelu_quantize_triton,
     gelu_triton,
     norm_modulate_quantize_triton,
@@ -80,20 +81,25 @@ def assert_quantized_close(actual, expected):
     torch.testing.assert_close(scale_M, expected.scale_M, rtol=1e-5, atol=0, equal_nan=True)
 
 
+EXACT = [(quantize_triton, reference.quantize), (digits_triton, reference.digits)]
+
+
+@pytest.mark.parametrize(("kernel", "expect"), EXACT)
 @pytest.mark.parametrize("columns_beside", [0, 64])
 @pytest.mark.parametrize(("m", "k", "dtype"), [*SHAPES, (1, 1, torch.float32), (2, 15360, torch.bfloat16)])
-def test_quantized_rows_are_the_references(m, k, dtype, columns_beside, device):
+def test_quantized_rows_are_the_references(m, k, dtype, columns_beside, kernel, expect, device):
     x_MK = random_rows(m, k, dtype, columns_beside=columns_beside)
-    for actual, expected in zip(quantize_triton(copied(x_MK, device)), reference.quantize(x_MK), strict=True):
+    for actual, expected in zip(kernel(copied(x_MK, device)), expect(x_MK), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual.cpu(), expected)
 
 
+@pytest.mark.parametrize(("kernel", "expect"), EXACT)
 @pytest.mark.parametrize(("k", "dtype"), [(256, torch.bfloat16), (130, torch.float32), (768, torch.float16)])
-def test_awkward_rows_are_quantized_as_the_reference_does(k, dtype, device):
+def test_awkward_rows_are_quantized_as_the_reference_does(k, dtype, kernel, expect, device):
     x_MK = awkward_rows(k, dtype)
-    values_MP, scale_M, sum_M = quantize_triton(copied(x_MK, device))
-    expected = reference.quantize(x_MK)
+    values_MP, scale_M, sum_M = kernel(copied(x_MK, device))
+    expected = expect(x_MK)
     assert torch.equal(values_MP.cpu(), expected.values_MP)
     assert torch.equal(sum_M.cpu(), expected.sum_M)
     assert torch.equal(scale_M.cpu().nan_to_num(nan=-1), expected.scale_M.nan_to_num(nan=-1))
