@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitflux_core.graphs import Graphs
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from kernels import ops
@@ -106,11 +107,11 @@ class Int8:
 ARITHMETIC: dict[str, Arithmetic] = {"native": Native(), "int8": Int8()}
 
 
-def fuse(transformer: FluxTransformer2DModel) -> "FusedFluxTransformer2DModel":
+def fuse(transformer: FluxTransformer2DModel, graphs: bool = False) -> "FusedFluxTransformer2DModel":
     """The fused form of a transformer whose block linears are all ternary, for inference; it takes over the modules.
 
-    Call it when the model is on its device. ValueError if a block linear is not ternary, or if the layers differ in
-    their activations.
+    With `graphs` it runs as CUDA graphs on a GPU. Call it when the model is on its device. ValueError if a block linear
+    is not ternary, or if the layers differ in their activations.
     """
     linears = block_linears(transformer).values()
     layers = [layer for layer in linears if isinstance(layer, TernaryLinear)]
@@ -122,6 +123,7 @@ def fuse(transformer: FluxTransformer2DModel) -> "FusedFluxTransformer2DModel":
     arithmetic = ARITHMETIC[kinds.pop()]
     fused = _as(FusedFluxTransformer2DModel, transformer)
     fused.arithmetic = arithmetic
+    fused.runs_graphs = graphs
     for blocks, kind in (
         (fused.transformer_blocks, FusedFluxTransformerBlock),
         (fused.single_transformer_blocks, FusedFluxSingleTransformerBlock),
@@ -216,27 +218,31 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
     arithmetic: Arithmetic
 
     def stack_weights(self) -> None:
-        self.entry = Weight.stacked([self.attn.to_q, self.attn.to_k, self.attn.to_v, self.proj_mlp])
+        self.qkv = Weight.stacked([self.attn.to_q, self.attn.to_k, self.attn.to_v])
+        self.mlp_in = Weight.stacked([self.proj_mlp])
         self.exit = Weight.stacked([self.proj_out])
 
     def forward(self, x_BSD: Tensor, modulation_BN: Tensor, rotary: Rotary) -> Tensor:
         """Tokens [B, S, D] after the block, text and image joined; the modulation has 3 D columns."""
-        run, x_MD, width = self.arithmetic, x_BSD.flatten(0, 1), self.attn.inner_dim
+        run, x_MD = self.arithmetic, x_BSD.flatten(0, 1)
         shift_BD, scale_BD, gate_BD = modulation_BN.chunk(3, dim=1)
         normed = run.norm(x_MD, shift_BD, scale_BD, self.norm.norm.eps)
-        joint_MN = run.product(normed, self.entry, x_MD.dtype)
+        # Two products of one input: the MLP's activations, the largest there are, need no memory during attention.
+        qkv_MN = run.product(normed, self.qkv, x_MD.dtype)
+        mixed_MD = self._attend(qkv_MN.unflatten(0, x_BSD.shape[:2]), rotary).flatten(0, 1)
+        del qkv_MN
+        hidden_MN = run.product(normed, self.mlp_in, x_MD.dtype)
         del normed
-        mixed_MD = self._attend(joint_MN.unflatten(0, x_BSD.shape[:2]), rotary).flatten(0, 1)
-        entered = run.gelu(joint_MN[:, 3 * width :], mixed_MD)
-        del joint_MN, mixed_MD  # the largest activations there are: they set the transformer's peak memory
+        entered = run.gelu(hidden_MN, mixed_MD)
+        del hidden_MN, mixed_MD
         x_MD = run.product(entered, self.exit, x_MD.dtype, gate_BD, x_MD)
         return _within_float16(x_MD.unflatten(0, x_BSD.shape[:2]))
 
-    def _attend(self, joint_BSN: Tensor, rotary: Rotary) -> Tensor:
-        attn, width = self.attn, self.attn.inner_dim
+    def _attend(self, qkv_BSN: Tensor, rotary: Rotary) -> Tensor:
+        attn = self.attn
         weights = (attn.norm_q.weight, attn.norm_k.weight)
-        query, key = ops.qk_norm_rope(joint_BSN, None, attn.heads, weights, None, rotary, attn.norm_q.eps)
-        value = joint_BSN[..., 2 * width : 3 * width].unflatten(-1, (attn.heads, -1))
+        query, key = ops.qk_norm_rope(qkv_BSN, None, attn.heads, weights, None, rotary, attn.norm_q.eps)
+        value = qkv_BSN[..., 2 * attn.inner_dim :].unflatten(-1, (attn.heads, -1))
         return attention(query, key, value)
 
 
@@ -250,12 +256,17 @@ class _Stream(NamedTuple):
 
 
 class FusedFluxTransformer2DModel(FluxTransformer2DModel):
-    """FluxTransformer2DModel's forward for plain text-to-image: no ControlNet, IP-Adapter or LoRA scale."""
+    """FluxTransformer2DModel's forward for plain text-to-image: no ControlNet, IP-Adapter or LoRA scale.
+
+    `runs_graphs` says whether it runs as CUDA graphs, which neither torch.compile nor an outer graph can take in.
+    """
 
     _repeated_blocks: ClassVar = ["FusedFluxTransformerBlock", "FusedFluxSingleTransformerBlock"]
     arithmetic: Arithmetic
+    runs_graphs: bool
 
     def stack_weights(self) -> None:
+        self._graphs = Graphs(self._predict)  # earlier ones read the weights where they were
         modulation = []
         for block in self.transformer_blocks:
             block.stack_weights()
@@ -280,11 +291,26 @@ class FusedFluxTransformer2DModel(FluxTransformer2DModel):
         """As FluxTransformer2DModel.forward. ValueError for `joint_attention_kwargs`, which change its layers."""
         if joint_attention_kwargs:
             raise ValueError(f"the fused FLUX takes no joint_attention_kwargs, got {', '.join(joint_attention_kwargs)}")
-        hidden_BSD = self.x_embedder(hidden_states)
-        text_BTD = self.context_embedder(encoder_hidden_states)
-        times = [timestep] if guidance is None else [timestep, guidance]
+        graphs = self.runs_graphs and hidden_states.is_cuda and not torch.is_grad_enabled()
+        predict = self._graphs if graphs else self._predict
+        output = predict(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _predict(
+        self,
+        latents_BSC: Tensor,
+        embedding_BTC: Tensor,
+        pooled_BC: Tensor,
+        timestep_B: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance_B: Tensor | None,
+    ) -> Tensor:
+        hidden_BSD = self.x_embedder(latents_BSC)
+        text_BTD = self.context_embedder(embedding_BTC)
+        times = [timestep_B] if guidance_B is None else [timestep_B, guidance_B]
         times = [1000 * time.to(hidden_BSD.dtype) for time in times]
-        condition_BD = self.time_text_embed(*times, pooled_projections)
+        condition_BD = self.time_text_embed(*times, pooled_BC)
         rotary = self.pos_embed(torch.cat([txt_ids, img_ids]))
         double, single = self._modulations(condition_BD)
 
@@ -295,8 +321,7 @@ class FusedFluxTransformer2DModel(FluxTransformer2DModel):
         del text_BTD, hidden_BSD
         for block, modulation_BN in zip(self.single_transformer_blocks, single, strict=True):
             joint_BSD = block(joint_BSD, modulation_BN, rotary)
-        output = self.proj_out(self.norm_out(joint_BSD[:, tokens:], condition_BD))
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return self.proj_out(self.norm_out(joint_BSD[:, tokens:], condition_BD))
 
     def _modulations(self, condition_BD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Shifts, scales and gates of all blocks: [B, 12 D] a double block, [B, 3 D] a single one."""

@@ -17,7 +17,7 @@ from bitflux_core.variants import VARIANTS, transformer_folder
 def load_transformer(
     variant: str, *, pipeline_dir: Path, ternary_dir: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> FluxTransformer2DModel:
-    """The transformer of a variant, frozen, in eval mode; on CUDA with fused blocks where the variant runs kernels.
+    """The transformer of a variant, frozen, in eval mode; on CUDA fused and in CUDA graphs where it runs kernels.
 
     UserError where its files are missing or damaged.
     """
@@ -26,7 +26,7 @@ def load_transformer(
     if not how.ternary:
         return _load_full_precision(folder, device, dtype)
     model = load_ternary(folder, dtype=dtype, device=device, activations=how.activations, execution=how.execution)
-    return fuse(model) if how.execution == "kernel" and torch.device(device).type == "cuda" else model
+    return fuse(model, graphs=True) if how.execution == "kernel" and torch.device(device).type == "cuda" else model
 
 
 def storage_bytes(variant: str, *, pipeline_dir: Path) -> int:

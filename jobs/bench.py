@@ -106,7 +106,7 @@ def _transformer(args: Namespace, device: "torch.device") -> tuple[list, dict[st
 def _images(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
     from bitflux_core.benchmark import images, models
 
-    modes = _chosen(args.variants or images.DEFAULT_MODES, images.IMAGE_MODES)
+    modes = _chosen(args.variants or images.DEFAULT_MODES, models.MODES)
     sizes = models.TINY if args.tiny else models.FLUX_DEV
     resolution = args.resolution or sizes.resolution
     measured = images.measure_images(modes, sizes, device, args.steps or images.STEPS, resolution)

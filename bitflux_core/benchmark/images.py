@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from bitflux_core.benchmark.models import MODES, Sizes, random_pipeline
+from bitflux_core.benchmark.models import Sizes, random_pipeline
 from bitflux_core.benchmark.rows import GB, attempt, release
 from bitflux_core.benchmark.steps import synchronize
 from bitflux_core.benchmark.traffic import HostToDevice
 
 GUIDANCE = 3.5
-IMAGE_MODES = tuple(name for name, mode in MODES.items() if not mode.graph)  # a pipeline calls no graph
 DEFAULT_MODES = ("bf16", "ternary", "ternary-int8")
 STEPS = (28, 50)
 RESIDENT, MODEL_OFFLOAD, SEQUENTIAL_OFFLOAD = "resident", "model offload", "sequential offload"

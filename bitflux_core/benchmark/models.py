@@ -33,18 +33,18 @@ class Mode:
 
     variant: str
     compiled: bool = False  # the blocks, by torch.compile; full precision attends by cuDNN then
-    graph: bool = False  # a step is one CUDA graph
+    graphs: bool = True  # with kernels a step is a CUDA graph, as bitflux_core/loading.py has it
 
 
 MODES = {
     "bf16": Mode("bf16"),
     "bf16-compiled": Mode("bf16", compiled=True),
     "ternary": Mode("ternary"),
-    "ternary-graph": Mode("ternary", graph=True),
-    "ternary-compiled": Mode("ternary", compiled=True),
+    "ternary-eager": Mode("ternary", graphs=False),
+    "ternary-compiled": Mode("ternary", compiled=True, graphs=False),
     "ternary-int8": Mode("ternary-int8"),
-    "ternary-int8-graph": Mode("ternary-int8", graph=True),
-    "ternary-int8-compiled": Mode("ternary-int8", compiled=True),
+    "ternary-int8-eager": Mode("ternary-int8", graphs=False),
+    "ternary-int8-compiled": Mode("ternary-int8", compiled=True, graphs=False),
     "ternary-reference": Mode("ternary-reference"),
 }
 
@@ -112,7 +112,7 @@ def build_transformer(mode: str, sizes: Sizes, device: torch.device) -> FluxTran
     how = VARIANTS[MODES[mode].variant]
     transformer = random_transformer(MODES[mode].variant, sizes, device)
     if how.ternary and how.execution == "kernel":
-        return _compiled(fuse(transformer), mode)
+        return _compiled(fuse(transformer, MODES[mode].graphs), mode)
     # Diffusers keeps the last choice for the whole process, so the eager mode names its own as well.
     transformer.set_attention_backend("_native_cudnn" if MODES[mode].compiled else "native")
     return _compiled(transformer, mode)

@@ -18,7 +18,7 @@ from bitflux_core.variants import VARIANTS
 
 Step = Callable[[], torch.Tensor]
 
-DEFAULT_MODES = ("bf16", "bf16-compiled", "ternary", "ternary-int8", "ternary-int8-graph", "ternary-reference")
+DEFAULT_MODES = ("bf16", "bf16-compiled", "ternary", "ternary-int8", "ternary-int8-eager", "ternary-reference")
 TINY_MODES = ("bf16", "ternary", "ternary-int8", "ternary-reference")  # what runs without CUDA
 BASELINES = ("bf16-compiled", "bf16")  # the first one measured is what the others are compared with
 WARM_UP, STEPS = 3, 12
@@ -129,15 +129,14 @@ def _measure(row: StepRow, sizes: Sizes, device: torch.device, profile: Path | N
     def step() -> torch.Tensor:
         return transformer(**inputs, return_dict=False)[0]
 
-    run = _graphed(step, device) if MODES[row.mode].graph else step
     for _ in range(SLOW_WARM_UP if slow else WARM_UP):
-        output = run()
+        output = step()
     if not output.isfinite().all():
         raise FloatingPointError("the step's output is not finite")
-    times = milliseconds(run, device, SLOW_STEPS if slow else STEPS)
+    times = milliseconds(step, device, SLOW_STEPS if slow else STEPS)
     peak = torch.cuda.max_memory_allocated(device) - before if on_cuda else None
     if profile is not None:
-        (profile / f"profile-{row.mode}.txt").write_text(_profiled(run, device))
+        (profile / f"profile-{row.mode}.txt").write_text(_profiled(step, device))
     report = size_report(empty_transformer(sizes.transformer))
     storage = report.storage_bytes if VARIANTS[MODES[row.mode].variant].ternary else report.bf16_bytes
     return {
@@ -151,27 +150,6 @@ def _measure(row: StepRow, sizes: Sizes, device: torch.device, profile: Path | N
         "storage_ratio": report.bf16_bytes / storage,
         "attention": attention_name(row.mode, sizes, row.text_tokens + row.image_tokens, device),
     }
-
-
-def _graphed(step: Step, device: torch.device) -> Step:
-    """`step` as a CUDA graph over the same inputs. RuntimeError without CUDA."""
-    if device.type != "cuda":
-        raise RuntimeError("CUDA graphs need a CUDA GPU")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # whatever allocates or compiles at the first call must not do so in the capture
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def _profiled(step: Step, device: torch.device) -> str:

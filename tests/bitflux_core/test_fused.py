@@ -97,7 +97,7 @@ def test_layers_are_views_of_the_stacks(ternary):
     for layer, stack in (
         (model.transformer_blocks[1].norm1_context.linear, model.modulation),
         (model.transformer_blocks[0].attn.add_k_proj, model.transformer_blocks[0].text.qkv),
-        (model.single_transformer_blocks[1].proj_mlp, model.single_transformer_blocks[1].entry),
+        (model.single_transformer_blocks[1].attn.to_v, model.single_transformer_blocks[1].qkv),
     ):
         assert layer.packed.untyped_storage().data_ptr() == stack.packed_NJ.untyped_storage().data_ptr()
         assert layer.scale.untyped_storage().data_ptr() == stack.scale_N.untyped_storage().data_ptr()
@@ -109,9 +109,9 @@ def test_casting_keeps_layers_and_stacks_together(ternary):
     model = fuse(prepared(ternary, "native", torch.float32))
     expected = prepared(ternary, "native", torch.bfloat16)(**inputs(torch.bfloat16))[0]
     model = model.to(torch.bfloat16)
-    entry = model.single_transformer_blocks[0].entry
-    assert entry.bias_N.dtype == torch.bfloat16
-    assert entry.scale_N.dtype == torch.float32
+    qkv = model.single_transformer_blocks[0].qkv
+    assert qkv.bias_N.dtype == torch.bfloat16
+    assert qkv.scale_N.dtype == torch.float32
     assert relative_error(model(**inputs(torch.bfloat16))[0], expected) < 3e-2
 
 

@@ -42,7 +42,34 @@ def test_transformer_against_the_reference(variant, tolerance, resolution, block
 
 @pytest.mark.gpu
 @needs_gpu
-def test_compiled_blocks_and_graphs_replay_the_same_step():
+def test_graphs_give_what_single_launches_give():
+    torch.manual_seed(0)
+    model = fuse(random_transformer("ternary-int8", TINY, torch.device("cuda")), graphs=True)
+    expected, given = {}, {}
+    with torch.no_grad():
+        for batch, resolution in [(1, 64), (2, 64), (1, 128), (1, 48), (3, 64), (1, 80)]:  # more than are kept
+            for number in range(2):
+                given[batch, resolution, number] = step_inputs(TINY, batch, resolution, torch.device("cuda"))
+        model.runs_graphs = False
+        expected = {case: model(**inputs, return_dict=False)[0] for case, inputs in given.items()}
+        model.runs_graphs = True
+        for _ in range(3):
+            found = {case: model(**inputs, return_dict=False)[0] for case, inputs in given.items()}
+            assert all(torch.equal(found[case], expected[case]) for case in given)
+        last = {key: value for key, value in given.items() if key[:2] == (1, 80)}
+        for _ in range(3):  # captured, replayed, with other numbers, and after the weights have moved
+            for case, inputs in last.items():
+                assert torch.equal(model(**inputs, return_dict=False)[0], expected[case])
+        assert sum(graph is not None for graph in model._graphs._graphs.values()) >= 1
+        model.to("cpu").to("cuda")
+        for _ in range(3):
+            for case, inputs in last.items():
+                assert torch.equal(model(**inputs, return_dict=False)[0], expected[case])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_compiled_blocks_and_an_outer_graph_give_the_same_step():
     torch.manual_seed(0)
     model = fuse(random_transformer("ternary-int8", TINY, torch.device("cuda")))
     given = step_inputs(TINY, 2, TINY.resolution, torch.device("cuda"))

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bitflux_core.benchmark import steps
+from bitflux_core.benchmark import models, steps
 from jobs import bench
 from kernels import ops
 
@@ -30,7 +30,7 @@ def files(folder, section: str) -> tuple[dict, list[dict]]:
         ([], "SECTION"),
         (["kernels", "--batch", "2"], "--batch"),
         (["transformer", "--tiny", "--variants", "ternary,int4"], "int4"),
-        (["images", "--tiny", "--variants", "ternary-graph"], "ternary-graph"),
+        (["images", "--tiny", "--variants", "int4"], "int4"),
         (["images", "--tiny", "--resolution", "100"], "multiple of 16"),
         (["images", "--tiny", "--steps", "0"], "--steps"),
     ],
@@ -112,13 +112,17 @@ def test_json_is_one_document(capsys, tmp_path):
     assert "share" in (tmp_path / "profile-ternary-int8.txt").read_text()
 
 
-def test_a_failure_is_a_row_and_the_others_are_measured(capsys, tmp_path):
-    options = ["--tiny", "--variants", "ternary-graph,ternary", "--output", str(tmp_path)]
+def test_a_failure_is_a_row_and_the_others_are_measured(capsys, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(models, "fuse", broken)
+    options = ["--tiny", "--variants", "ternary,ternary-reference", "--output", str(tmp_path)]
     assert bench.main(["transformer", *options]) == 3
-    assert "ternary-graph: RuntimeError: CUDA graphs need a CUDA GPU" in capsys.readouterr().out
+    assert "ternary: RuntimeError: no such kernel" in capsys.readouterr().out
     failed, measured = files(tmp_path, "transformer")[1]
     assert failed["step_ms"] is None
-    assert "CUDA graphs" in failed["error"]
+    assert "no such kernel" in failed["error"]
     assert measured["step_ms"] > 0
     assert measured["baseline"] is None  # no bf16 was measured
 
