@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from bitflux_core.layers import block_linears
-from kernels.packing import packed_width
+from kernels.packing import Codes, codes_bytes
 
 BF16_BYTES = 2
 SCALE_BYTES = 4  # float32, one an output row
@@ -21,10 +21,10 @@ class SizeReport:
         ternary_params: weights of the block linears; their biases are not ternary.
         ternary_share: ternary_params / total_params.
         bf16_bytes: everything in bf16.
-        packed_bytes: the 2-bit codes, padding of ragged rows included.
+        code_bytes: the codes, padding of ragged rows included.
         scale_bytes: the float32 scales.
         rest_bytes: everything else in bf16.
-        storage_bytes: packed + scales + rest: the bytes of a ternary checkpoint's tensors.
+        storage_bytes: codes + scales + rest: the bytes of a ternary checkpoint's tensors.
         ratio: bf16_bytes / storage_bytes.
     """
 
@@ -32,30 +32,33 @@ class SizeReport:
     ternary_params: int
     ternary_share: float
     bf16_bytes: int
-    packed_bytes: int
+    code_bytes: int
     scale_bytes: int
     rest_bytes: int
     storage_bytes: int
     ratio: float
 
 
-def size_report(transformer: FluxTransformer2DModel) -> SizeReport:
-    """Counts a full-precision or an already ternary transformer; both give the same report."""
+def size_report(transformer: FluxTransformer2DModel, codes: Codes = "trits") -> SizeReport:
+    """Counts a full-precision or an already ternary transformer; both give the same report.
+
+    `codes` as in a checkpoint: "trits" are the smallest, "planes" what a loaded model holds in memory.
+    """
     layers = block_linears(transformer)
     ternary_params = sum(layer.in_features * layer.out_features for layer in layers.values())
-    packed_bytes = sum(layer.out_features * packed_width(layer.in_features) for layer in layers.values())
+    code_bytes = sum(codes_bytes(codes, layer.out_features, layer.in_features) for layer in layers.values())
     scale_bytes = SCALE_BYTES * sum(layer.out_features for layer in layers.values())
     weights = {f"{name}.{part}" for name in layers for part in ("weight", "packed", "scale")}
     rest_params = sum(tensor.numel() for name, tensor in transformer.state_dict().items() if name not in weights)
 
     bf16_bytes = BF16_BYTES * (ternary_params + rest_params)
-    storage_bytes = packed_bytes + scale_bytes + BF16_BYTES * rest_params
+    storage_bytes = code_bytes + scale_bytes + BF16_BYTES * rest_params
     return SizeReport(
         total_params=ternary_params + rest_params,
         ternary_params=ternary_params,
         ternary_share=ternary_params / (ternary_params + rest_params),
         bf16_bytes=bf16_bytes,
-        packed_bytes=packed_bytes,
+        code_bytes=code_bytes,
         scale_bytes=scale_bytes,
         rest_bytes=BF16_BYTES * rest_params,
         storage_bytes=storage_bytes,

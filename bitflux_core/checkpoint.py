@@ -1,8 +1,9 @@
 """Ternary checkpoints: a folder of `config.json` and safetensors, loaded without ever holding the full weights.
 
-`config.json` is the FluxTransformer2DModel's own configuration plus the key `bitflux`: format version, quantization
-method, provenance, and the SHA-256 of every tensor file. For a block linear `name` the tensors are `name.packed`
-(uint8 [N, J], kernels/packing.py), `name.scale` (float32 [N]) and `name.bias`; all others keep diffusers' names.
+`config.json` is the FluxTransformer2DModel's own configuration plus the key `quantization_config`, by which diffusers
+finds bitflux_core/diffusers_plugin.py: format version, layout of the codes, quantization method, provenance, and the
+SHA-256 of every tensor file. For a block linear `name` the tensors are `name.packed` (uint8, planes [N, J] or trits
+[L], see kernels/packing.py), `name.scale` (float32 [N]) and `name.bias`; all others keep diffusers' names.
 """
 
 import json
@@ -11,18 +12,24 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest, fingerprint, read_json
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import Execution, TernaryLinear
-from bitflux_core.tensor_files import REMEDY, read_tensors
+from bitflux_core.model_card import write_card
+from bitflux_core.tensor_files import REMEDY, check_file, read_tensors
+from kernels.packing import Codes, pack_trits
 from kernels.reference import Activations
 
-__all__ = ["check_unused", "empty_transformer", "fingerprint", "load_ternary", "save_ternary"]
+__all__ = ["check_unused", "empty_transformer", "fingerprint", "load_ternary", "save_ternary", "stored_codes"]
 
-FORMAT_VERSION = 1
+QUANT_METHOD = "bitflux"
+FORMAT_VERSION = 2
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+# A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
+SHARD_SIZE = "100MB"
 
 
 def save_ternary(
@@ -31,29 +38,43 @@ def save_ternary(
     provenance: dict,
     *,
     method: str,
+    codes: Codes = "trits",
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
     """Writes a transformer whose block linears are all ternary; biases and everything outside the blocks in `dtype`.
 
-    `provenance` (JSON-able) says where the weights come from. `config.json` is written last, so a folder that a killed
+    `provenance` (JSON-able) says where the weights come from; `codes` is their layout in the files: trits take a fifth
+    less than planes, and are decoded when loaded. `config.json` is written last, so a folder that a killed
     process left behind does not load. UserError if `directory` has anything in it.
     """
     directory = check_unused(directory)
     exact = _exact_tensors(transformer)
-    tensors = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in transformer.state_dict().items()}
+    state = transformer.state_dict()
+    tensors = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in state.items()}
+    tensors = stored_codes(tensors, codes)
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, directory, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size)
 
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # a path of the machine that made it
-    config["bitflux"] = {
+    header = {
+        "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
+        "codes": codes,
         "method": method,
         "provenance": provenance,
         "files": {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))},
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_card(transformer, directory, header)
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": header}, indent=2) + "\n")
+
+
+def stored_codes(tensors: dict[str, Tensor], codes: Codes) -> dict[str, Tensor]:
+    """A ternary transformer's tensors with its codes in this layout, in place of planes."""
+    if codes == "planes":
+        return tensors
+    return {name: pack_trits(tensor) if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
 
 
 def check_unused(directory: Path | str) -> Path:
@@ -79,7 +100,7 @@ def load_ternary(
     """
     directory = Path(directory)
     config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
-    files = _take_header(config, directory)["files"]
+    files = _take_header(config, directory)
     try:
         model = empty_transformer(config)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -91,9 +112,11 @@ def load_ternary(
             model.set_submodule(name, layer)
 
     expected, exact = model.state_dict(), _exact_tensors(model)
+    columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}
     for file_name, digest in files.items():
-        for name, tensor in read_tensors(directory / file_name, digest, expected, exact, torch.device(device)):
+        check_file(directory / file_name, digest)
+        for name, tensor in read_tensors(directory / file_name, expected, columns, exact, torch.device(device)):
             loaded[name] = tensor if name in exact else tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
@@ -108,18 +131,21 @@ def empty_transformer(config: dict) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config(config)
 
 
-def _take_header(config: dict, directory: Path) -> dict:
-    """Takes BitFlux's part out of `config`."""
-    header = config.pop("bitflux", None)
-    if not isinstance(header, dict):
-        raise UserError(f"{directory} is no ternary checkpoint (no `bitflux` in config.json): quantize the model first")
-    version = header.get("format_version")
-    if version != FORMAT_VERSION or not isinstance(header.get("files"), dict):
+def _take_header(config: dict, directory: Path) -> dict[str, str | None]:
+    """Takes BitFlux's part out of `config`: the tensor files and their digests (None where diffusers saved them)."""
+    header = config.pop("quantization_config", None)
+    if not isinstance(header, dict) or header.get("quant_method") != QUANT_METHOD:
+        raise UserError(
+            f"{directory} is no ternary checkpoint (no quant_method '{QUANT_METHOD}' in config.json): "
+            "quantize the model first"
+        )
+    version, files = header.get("format_version"), header.get("files")
+    if version != FORMAT_VERSION or not isinstance(files, dict | None):
         raise UserError(
             f"{directory} has checkpoint format {version}, this BitFlux reads {FORMAT_VERSION}: "
             "update BitFlux or make the checkpoint again"
         )
-    return header
+    return files or dict.fromkeys(sorted(file.name for file in directory.glob("*.safetensors")))
 
 
 def _exact_tensors(transformer: FluxTransformer2DModel) -> set[str]:

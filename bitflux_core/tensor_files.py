@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest
-from kernels.packing import check_packed
+from kernels.packing import check_packed, check_trits, trits_length, unpack_trits
 
 REMEDY = "copy or make the checkpoint again"
 # safetensors' names of the types.
@@ -17,50 +17,80 @@ _EXACT_TYPES = {torch.uint8: "U8", torch.float32: "F32"}
 _FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
-def read_tensors(
-    file: Path, digest: str, expected: Mapping[str, Tensor], exact: Set[str], device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of one safetensors file whose SHA-256 must be `digest`.
-
-    `expected` holds the model's tensors on the meta device; those named in `exact` (packed codes and scales) must have
-    the very type, all others any floating type. UserError naming the file, the tensor and the remedy.
-    """
+def check_file(file: Path, digest: str | None) -> None:
+    """UserError where the file is missing or its SHA-256 is not `digest`; None stands for any."""
     if not file.is_file():
         raise UserError(f"{file} is missing: {REMEDY}")
-    if file_digest(file) != digest:
+    if digest is not None and file_digest(file) != digest:
         raise UserError(f"{file} is not the file that was saved (truncated or damaged): {REMEDY}")
+
+
+def read_tensors(
+    file: Path, expected: Mapping[str, Tensor], columns: Mapping[str, int], exact: Set[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of one safetensors file; codes come as planes however they are stored.
+
+    `expected` holds the model's tensors on the meta device; those named in `exact` (packed codes and scales) must have
+    the very type, all others any floating type. `columns` are the input features of each tensor of codes. UserError
+    naming the file, the tensor and the remedy.
+    """
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open cannot be iterated)
                 stored = tensors.get_slice(name)
-                problem = _misfit(name, stored.get_shape(), stored.get_dtype(), expected, exact)
+                shape = stored.get_shape()
+                problem = _misfit(name, shape, stored.get_dtype(), expected, columns, exact)
                 if problem:
                     raise UserError(f"{file}: tensor {name} {problem}: {REMEDY}")
                 tensor = tensors.get_tensor(name)
-                _check_values(file, name, tensor, is_scale=name in exact)
-                yield name, tensor
+                if name in columns:
+                    yield name, _planes(file, name, tensor, len(expected[name]), columns[name])
+                else:
+                    _check_floats(file, name, tensor, is_scale=name in exact)
+                    yield name, tensor
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
 
 
-def _misfit(name: str, shape: list[int], dtype: str, expected: Mapping[str, Tensor], exact: Set[str]) -> str | None:
+def planes_of(stored: Tensor, name: str, rows: int, in_features: int) -> Tensor:
+    """Codes as a file has them, planes [N, J] or trits [L], as planes. ValueError for a value that is no code."""
+    if stored.ndim == 1:
+        check_trits(stored, name)
+        return unpack_trits(stored, rows, in_features)
+    check_packed(stored, name)
+    return stored
+
+
+def _planes(file: Path, name: str, stored: Tensor, rows: int, in_features: int) -> Tensor:
+    try:
+        return planes_of(stored, name, rows, in_features)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}: {REMEDY}") from error
+
+
+def _misfit(
+    name: str,
+    shape: list[int],
+    dtype: str,
+    expected: Mapping[str, Tensor],
+    columns: Mapping[str, int],
+    exact: Set[str],
+) -> str | None:
     if name not in expected:
         return "does not belong to the model in config.json"
-    if shape != list(expected[name].shape):
-        return f"has shape {shape} where config.json asks for {list(expected[name].shape)}"
+    wanted = list(expected[name].shape)
+    if name in columns and len(shape) == 1:
+        wanted = [trits_length(wanted[0], columns[name])]
+    if shape != wanted:
+        return f"has shape {shape} where config.json asks for {wanted}"
     types = (_EXACT_TYPES[expected[name].dtype],) if name in exact else _FLOAT_TYPES
     if dtype not in types:
         return f"has type {dtype} in place of {' or '.join(types)}"
     return None
 
 
-def _check_values(file: Path, name: str, tensor: Tensor, is_scale: bool) -> None:
-    if tensor.dtype == torch.uint8:
-        try:
-            check_packed(tensor, name)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}: {REMEDY}") from error
-    elif not tensor.isfinite().all():
+def _check_floats(file: Path, name: str, tensor: Tensor, is_scale: bool) -> None:
+    if not tensor.isfinite().all():
         raise UserError(f"{file}: tensor {name} holds a value that is not finite: {REMEDY}")
-    elif is_scale and (tensor < 0).any():
+    if is_scale and (tensor < 0).any():
         raise UserError(f"{file}: tensor {name} holds a negative scale: {REMEDY}")

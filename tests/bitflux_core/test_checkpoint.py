@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitflux_core.accounting import size_report
+from bitflux_core.benchmark.models import FLUX_DEV, random_transformer
 from bitflux_core.checkpoint import load_ternary, save_ternary
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.errors import UserError
@@ -35,11 +39,12 @@ def full_weights(created: CreatedTensors, transformer) -> list:
     return [(shape, dtype) for shape, dtype in created.seen if shape in blocks - others and dtype.is_floating_point]
 
 
+@pytest.mark.parametrize("codes", ["planes", "trits"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_was_saved_comes_back(transformer, tmp_path, dtype):
+def test_what_was_saved_comes_back(transformer, tmp_path, dtype, codes):
     quantize_transformer(transformer)
     transformer.to(torch.bfloat16)
-    save_ternary(transformer, tmp_path / "ternary", {"source": "a test"}, method="least_squares")
+    save_ternary(transformer, tmp_path / "ternary", {"source": "a test"}, method="least_squares", codes=codes)
     loaded = load_ternary(tmp_path / "ternary", dtype=dtype, device="cpu", activations="int8", execution="reference")
 
     saved = transformer.state_dict()
@@ -53,24 +58,29 @@ def test_what_was_saved_comes_back(transformer, tmp_path, dtype):
     assert {(layer.activations, layer.execution) for layer in block_linears(loaded).values()} == {("int8", "reference")}
 
 
-def test_files_hold_exactly_the_bytes_of_the_accounting(ternary_dir):
-    shards = sorted(ternary_dir.glob("*.safetensors"))
+@pytest.mark.parametrize("codes", ["planes", "trits"])
+def test_files_hold_exactly_the_bytes_of_the_accounting(transformer, tmp_path, codes):
+    quantize_transformer(transformer)
+    save_ternary(transformer, tmp_path / "new", {}, method="least_squares", codes=codes, max_shard_size=40_000)
+    shards = sorted((tmp_path / "new").glob("*.safetensors"))
     sizes = [sum(tensor.nbytes for tensor in load_file(shard).values()) for shard in shards]
-    loaded = load_ternary(ternary_dir, dtype=torch.bfloat16, device="cpu")
-    assert sum(sizes) == size_report(loaded).storage_bytes
+    loaded = load_ternary(tmp_path / "new", dtype=torch.bfloat16, device="cpu")
+    assert sum(sizes) == size_report(loaded, codes).storage_bytes
     assert len(shards) > 1
-    assert max(sizes) <= 40_000  # the size that the fixture asks for
+    assert max(sizes) <= 40_000
 
 
 def test_config_is_the_models_own_with_provenance(ternary_dir, transformer):
     config = json.loads((ternary_dir / "config.json").read_text())
-    header = config.pop("bitflux")
+    header = config.pop("quantization_config")
     assert config == json.loads(transformer.to_json_string())
+    assert (header["quant_method"], header["codes"]) == ("bitflux", "trits")
     assert (header["format_version"], header["method"], header["provenance"]) == (
-        1,
+        2,
         "least_squares",
         {"source": "a test"},
     )
+    assert "least_squares" in (ternary_dir / "README.md").read_text()
 
 
 def test_loading_never_holds_a_full_block_weight(ternary_dir):
@@ -99,3 +109,24 @@ def test_a_dense_transformer_is_not_saved(transformer, tmp_path):
     with pytest.raises(ValueError, match="not ternary"):
         save_ternary(transformer, tmp_path / "ternary", {}, method="least_squares")
     assert not (tmp_path / "ternary").exists()
+
+
+_LOADED = """
+import resource, sys, torch
+from bitflux_core.checkpoint import load_ternary
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_ternary(sys.argv[1], dtype=torch.bfloat16, device="cpu")
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
+    """FLUX.1-dev's single blocks, ten in place of 38, with shards in the same proportion to the whole."""
+    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 10, "guidance_embeds": True})
+    transformer = random_transformer("ternary", sizes, torch.device("cpu"))
+    save_ternary(transformer, tmp_path / "ternary", {}, method="random", max_shard_size="16MB")
+    stored = sum(file.stat().st_size for file in (tmp_path / "ternary").glob("*.safetensors"))
+    command = [sys.executable, "-c", _LOADED, str(tmp_path / "ternary")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert stored < int(done.stdout) < 1.3 * stored

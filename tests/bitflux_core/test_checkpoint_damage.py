@@ -34,7 +34,7 @@ def edit_tensors(folder: Path, tensor: str, edit: Callable[[dict], object]) -> N
     edit(tensors)
     shard.unlink()
     save_file(tensors, shard)
-    edit_config(folder, lambda config: config["bitflux"]["files"].update({shard.name: file_digest(shard)}))
+    edit_config(folder, lambda config: config["quantization_config"]["files"].update({shard.name: file_digest(shard)}))
 
 
 def truncate(folder: Path) -> None:
@@ -52,11 +52,17 @@ def flip_a_bit(folder: Path) -> None:
 def garbage(folder: Path) -> None:
     shard = shard_of(folder, f"{LAYER}.packed")
     shard.write_bytes(b"not safetensors at all")
-    edit_config(folder, lambda config: config["bitflux"]["files"].update({shard.name: file_digest(shard)}))
+    edit_config(folder, lambda config: config["quantization_config"]["files"].update({shard.name: file_digest(shard)}))
+
+
+def no_trits(folder: Path) -> None:
+    edit_tensors(folder, f"{LAYER}.packed", lambda tensors: tensors[f"{LAYER}.packed"][7].fill_(243))
 
 
 def code_three(folder: Path) -> None:
-    edit_tensors(folder, f"{LAYER}.packed", lambda tensors: tensors[f"{LAYER}.packed"][2, 3].fill_(0b11))
+    planes = torch.zeros(32, 40, dtype=torch.uint8)
+    planes[2, 3] = 0b11
+    replace(f"{LAYER}.packed", planes)(folder)
 
 
 def scale(value: float) -> Callable[[Path], None]:
@@ -70,7 +76,7 @@ def replace(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
 
 
 def header(key: str, value: object) -> Callable[[Path], None]:
-    return lambda folder: edit_config(folder, lambda config: config["bitflux"].update({key: value}))
+    return lambda folder: edit_config(folder, lambda config: config["quantization_config"].update({key: value}))
 
 
 DAMAGES = {
@@ -78,6 +84,7 @@ DAMAGES = {
     "one flipped bit": (flip_a_bit, [".safetensors", "damaged"]),
     "missing file": (lambda folder: shard_of(folder, f"{LAYER}.packed").unlink(), [".safetensors", "is missing"]),
     "not safetensors": (garbage, [".safetensors", "cannot be read"]),
+    "byte above 242": (no_trits, [".safetensors", f"{LAYER}.packed", "byte 243 (byte 7)"]),
     "code value 3": (code_three, [".safetensors", f"{LAYER}.packed", "code value 3"]),
     "negative scale": (scale(-1.0), [".safetensors", f"{LAYER}.scale", "negative"]),
     "scale not a number": (scale(float("nan")), [".safetensors", f"{LAYER}.scale", "not finite"]),
@@ -89,6 +96,10 @@ DAMAGES = {
     "mismatched codes": (
         replace(f"{LAYER}.packed", torch.zeros(32, 39, dtype=torch.uint8)),
         [f"{LAYER}.packed", "[32, 39]", "[32, 40]"],
+    ),
+    "too few trits": (
+        replace(f"{LAYER}.packed", torch.zeros(1000, dtype=torch.uint8)),
+        [f"{LAYER}.packed", "[1000]", "[1024]"],
     ),
     "mismatched norm": (replace("proj_out.bias", torch.zeros(3)), ["proj_out.bias", "[3]", "[64]"]),
     "scale in bf16": (
@@ -107,9 +118,12 @@ DAMAGES = {
         lambda folder: edit_tensors(folder, "proj_out.bias", lambda tensors: tensors.update(alien=torch.zeros(2))),
         ["alien", "does not belong"],
     ),
-    "unknown format": (header("format_version", 99), ["format 99", "reads 1"]),
-    "no list of files": (header("files", None), ["checkpoint format"]),
-    "plain transformer": (lambda folder: edit_config(folder, lambda c: c.pop("bitflux")), ["no ternary checkpoint"]),
+    "unknown format": (header("format_version", 99), ["format 99", "reads 2"]),
+    "no list of files": (header("files", 5), ["checkpoint format"]),
+    "plain transformer": (
+        lambda folder: edit_config(folder, lambda c: c.pop("quantization_config")),
+        ["no ternary checkpoint"],
+    ),
     "senseless configuration": (
         lambda folder: edit_config(folder, lambda config: config.update(num_layers="two")),
         ["config.json", "no FLUX transformer"],

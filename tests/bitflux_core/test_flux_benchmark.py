@@ -26,7 +26,7 @@ def no_gpu(monkeypatch):
 def test_a_random_transformer_is_whole_and_computes(variant):
     torch.manual_seed(0)
     transformer = random_transformer(variant, TINY, CPU)
-    sizes = size_report(transformer)
+    sizes = size_report(transformer, "planes")
     assert resident_bytes(transformer) == (sizes.bf16_bytes if variant == "bf16" else sizes.storage_bytes)
     for name, layer in block_linears(transformer).items():
         assert isinstance(layer, TernaryLinear) == (variant != "bf16")

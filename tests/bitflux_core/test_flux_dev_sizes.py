@@ -66,10 +66,17 @@ def test_share_of_the_parameters(flux_dev):
 
 
 def test_bytes(flux_dev):
-    report = size_report(flux_dev)
+    report = size_report(flux_dev, "planes")
     assert report.bf16_bytes == 2 * 11_901_408_320
-    assert report.packed_bytes == 11_834_228_736 // 4
+    assert report.code_bytes == 11_834_228_736 // 4
     assert report.scale_bytes == 4 * (19 * (14 * DIM + 2 * 5 * DIM + 2 * 3 * DIM) + 38 * (3 + 4 + 1 + 3) * DIM)
     assert report.rest_bytes == 2 * (11_901_408_320 - 11_834_228_736)
-    assert report.storage_bytes == report.packed_bytes + report.scale_bytes + report.rest_bytes
+    assert report.storage_bytes == report.code_bytes + report.scale_bytes + report.rest_bytes
     assert f"{report.bf16_bytes / 1e9:.1f} {report.storage_bytes / 1e9:.1f} {report.ratio:.1f}" == "23.8 3.1 7.7"
+
+
+def test_bytes_of_a_checkpoint(flux_dev):
+    report = size_report(flux_dev)
+    assert 0 <= report.code_bytes - 11_834_228_736 / 5 < 4 * 494  # whole groups of four bytes a layer
+    assert report.ratio >= 9.4
+    assert f"{report.storage_bytes / 1e9:.2f} {report.ratio:.2f}" == "2.51 9.47"

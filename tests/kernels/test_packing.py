@@ -3,7 +3,16 @@ import itertools
 import pytest
 import torch
 
-from kernels.packing import check_packed, pack_planes, packed_width, unpack_planes
+from kernels.packing import (
+    check_packed,
+    check_trits,
+    codes_bytes,
+    pack_planes,
+    pack_trits,
+    packed_width,
+    unpack_planes,
+    unpack_trits,
+)
 
 
 def random_codes(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -51,3 +60,31 @@ def test_check_finds_a_three_in_every_plane(plane):
     packed_NJ[2, 5] |= 3 << (2 * plane)
     with pytest.raises(ValueError, match=r"block\.packed holds the code value 3 \(row 2, byte 5\)"):
         check_packed(packed_NJ, "block.packed")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 7), (5, 130), (16, 256), (2, 400_001)])
+def test_trits_give_the_planes_back(shape):
+    packed_NJ = pack_planes(random_codes(*shape))
+    trits_L = pack_trits(packed_NJ)
+    check_trits(trits_L, "x")
+    assert (trits_L.dtype, trits_L.nbytes) == (torch.uint8, codes_bytes("trits", *shape))
+    assert torch.equal(unpack_trits(trits_L, *shape), packed_NJ)
+
+
+def test_a_trit_byte_is_five_codes_to_the_base_three():
+    planes = torch.tensor([[0b10010000, 0b00000110, 0b01010101, 0b10101010, 0b00011011 & 0b00011010]]).to(torch.uint8)
+    codes = [(byte >> shift) & 3 for byte in planes[0].tolist() for shift in (0, 2, 4, 6)]
+    expected = [sum(code * 3**place for place, code in enumerate(codes[i : i + 5])) for i in range(0, 20, 5)]
+    assert pack_trits(planes).tolist() == expected
+
+
+def test_trits_are_a_fifth_smaller_than_planes():
+    assert codes_bytes("trits", 3072, 3072) == pytest.approx(0.8 * codes_bytes("planes", 3072, 3072), abs=4)
+
+
+def test_check_finds_a_byte_that_is_no_trits():
+    trits_L = torch.full((8,), 242, dtype=torch.uint8)
+    check_trits(trits_L, "proj.packed")
+    trits_L[5] = 243
+    with pytest.raises(ValueError, match=r"proj\.packed holds the byte 243 \(byte 5\)"):
+        check_trits(trits_L, "proj.packed")

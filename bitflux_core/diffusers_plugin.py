@@ -1,0 +1,169 @@
+"""BitFlux as a quantizer of diffusers: `from_pretrained` loads ternary checkpoints, `save_pretrained` writes them.
+
+Imported while diffusers' own quantizers are (bitflux_core/_diffusers_hook.py): what needs its models is imported later.
+"""
+
+import types
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor
+
+FORMAT_VERSION = 2
+_SCALE = "scale"
+
+
+class Method(StrEnum):
+    """diffusers' names of quantization methods are members of an Enum."""
+
+    BITFLUX = "bitflux"
+
+
+@dataclass
+class BitFluxConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a ternary checkpoint, see bitflux_core/checkpoint.py.
+
+    `activations`: "native", or "int8" for products in 8-bit integers.
+    """
+
+    quant_method: Method = Method.BITFLUX  # type: ignore[assignment]
+    format_version: int = FORMAT_VERSION
+    codes: str = "trits"
+    activations: str = "native"
+    method: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.quant_method = Method(self.quant_method)  # type: ignore[assignment]
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format {self.format_version}, this BitFlux reads {FORMAT_VERSION}: "
+                "update BitFlux or make the checkpoint again"
+            )
+        if self.codes not in ("planes", "trits") or self.activations not in ("native", "int8"):
+            raise ValueError(f"codes '{self.codes}' and activations '{self.activations}': unknown to this BitFlux")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in config.json."""
+        return {**vars(self), "quant_method": self.quant_method.value}
+
+
+class BitFluxQuantizer(DiffusersQuantizer):
+    """Puts packed layers in the place of the block linears and fills them from a ternary checkpoint."""
+
+    requires_calibration = True  # it loads what jobs/quantize.py made, and quantizes nothing by itself
+    quantization_config: BitFluxConfig
+
+    def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: list[str], **_: Any) -> None:
+        from bitflux_core.layers import block_linears
+        from bitflux_core.linear import TernaryLinear
+
+        with torch.device("meta"):
+            for name, linear in block_linears(model).items():
+                sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+                model.set_submodule(name, TernaryLinear(*sizes, self.quantization_config.activations))  # type: ignore[arg-type]
+        keep_in_fp32_modules.append(_SCALE)  # diffusers casts by the last part of a tensor's name
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Where diffusers first tells the files: their digests are checked here."""
+        from bitflux_core.tensor_files import check_file
+
+        digests = self.quantization_config.files or {}
+        for file in map(Path, checkpoint_files):
+            check_file(file, digests.get(file.name))
+        return loaded_keys
+
+    def check_if_quantized_param(self, model: Any, param_value: Tensor, param_name: str, *_: Any, **__: Any) -> bool:
+        return param_name.endswith(".packed")
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> None:
+        """Trits have one dimension and are checked when they are decoded. ValueError for planes of another shape."""
+        if loaded_param.ndim != 1:
+            raise ValueError(
+                f"{param_name} has shape {list(loaded_param.shape)} where config.json asks for "
+                f"{list(current_param.shape)}: copy or make the checkpoint again"
+            )
+
+    def create_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, target_device: torch.device, *_: Any, **__: Any
+    ) -> None:
+        from bitflux_core.tensor_files import planes_of
+        from kernels.packing import trits_length
+
+        layer = model.get_submodule(param_name.rpartition(".")[0])
+        length = trits_length(layer.out_features, layer.in_features)
+        if param_value.dtype != torch.uint8 or (param_value.ndim == 1 and len(param_value) != length):
+            raise ValueError(
+                f"{param_name} is {param_value.dtype} {list(param_value.shape)} where config.json asks for uint8 "
+                f"[{length}] or {list(layer.packed.shape)}: copy or make the checkpoint again"
+            )
+        stored = param_value.to(target_device)
+        planes = planes_of(stored, param_name, layer.out_features, layer.in_features)
+        layer.packed = planes.clone() if planes is param_value else planes  # not the file's own pages
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from bitflux_core.linear import TernaryLinear
+
+        for name, layer in model.named_modules():
+            if isinstance(layer, TernaryLinear) and not (layer.scale.isfinite() & (layer.scale >= 0)).all():
+                raise ValueError(f"{name}.scale has values that are no scales: copy or make the checkpoint again")
+        self.quantization_config.files = None  # digests of these files, not of those that the model may be saved to
+        model.load_lora_adapter = _refuse_lora
+        model.save_pretrained = types.MethodType(_save_with_card, model)
+        model.requires_grad_(False)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from bitflux_core.checkpoint import stored_codes
+
+        return stored_codes(state_dict, self.quantization_config.codes), {}  # type: ignore[arg-type]
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Adds BitFlux to diffusers' tables of quantizers."""
+    auto.AUTO_QUANTIZER_MAPPING[Method.BITFLUX.value] = BitFluxQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.BITFLUX.value] = BitFluxConfig
+
+
+def _refuse_lora(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "a LoRA cannot be added to ternary layers: PEFT has no adapter for packed weights. Fuse it into the "
+        "full-precision model (pipeline.fuse_lora) and quantize that"
+    )
+
+
+def _save_with_card(model: Any, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+    """diffusers' save_pretrained with shards of a bounded size, and with a model card."""
+    from huggingface_hub import HfApi
+
+    from bitflux_core.checkpoint import SHARD_SIZE
+    from bitflux_core.model_card import write_card
+
+    hub = {name: options.pop(name, None) for name in ("commit_message", "private", "create_pr", "token", "repo_id")}
+    options.setdefault("max_shard_size", SHARD_SIZE)
+    type(model).save_pretrained(model, save_directory, **options)
+    write_card(model, Path(save_directory), model.hf_quantizer.quantization_config.to_dict())
+    if push_to_hub:
+        api = HfApi(token=hub["token"])
+        name = hub["repo_id"] or Path(save_directory).name
+        repository = api.create_repo(name, exist_ok=True, private=hub["private"]).repo_id
+        message = hub["commit_message"] or "Upload a ternary FLUX transformer"
+        api.upload_folder(
+            repo_id=repository, folder_path=save_directory, commit_message=message, create_pr=hub["create_pr"]
+        )

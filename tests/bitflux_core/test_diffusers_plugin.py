@@ -1,0 +1,147 @@
+"""Ternary checkpoints through diffusers' own from_pretrained and save_pretrained."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bitflux_core.checkpoint import load_ternary
+from bitflux_core.errors import UserError
+from bitflux_core.fused import fuse
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def assert_same(one, other):
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def copy(ternary_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(ternary_dir, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_diffusers_loads_what_bitflux_saved(ternary_dir, dtype):
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir, dtype=dtype)
+    assert_same(loaded, load_ternary(ternary_dir, dtype=dtype, device="cpu"))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert type(fuse(loaded)).__name__ == "FusedFluxTransformer2DModel"
+
+
+@pytest.mark.parametrize("codes", ["planes", "trits"])
+def test_what_diffusers_saves_both_can_load(copy, tmp_path, codes):
+    edit_config(copy, codes=codes, activations="int8")
+    loaded = FluxTransformer2DModel.from_pretrained(copy, dtype=torch.bfloat16)
+    assert {layer.activations for layer in block_linears(loaded).values()} == {"int8"}
+    loaded.save_pretrained(tmp_path / "new")
+    (file,) = (tmp_path / "new").glob("*.safetensors")
+    dimensions = {t.ndim for name, t in load_file(file).items() if name.endswith(".packed")}
+    assert dimensions == {2 if codes == "planes" else 1}
+    assert_same(FluxTransformer2DModel.from_pretrained(tmp_path / "new", dtype=torch.bfloat16), loaded)
+    assert_same(load_ternary(tmp_path / "new", dtype=torch.bfloat16, device="cpu"), loaded)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert codes in card
+
+
+def test_a_whole_pipeline_is_saved_and_loaded(pipeline_dir, ternary_dir, tmp_path):
+    transformer = FluxTransformer2DModel.from_pretrained(ternary_dir, dtype=torch.bfloat16)
+    FluxPipeline.from_pretrained(pipeline_dir, transformer=transformer).save_pretrained(tmp_path / "whole")
+    loaded = FluxPipeline.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert isinstance(loaded.transformer.single_transformer_blocks[0].proj_out, TernaryLinear)
+    assert_same(loaded.transformer, transformer)
+
+
+def test_a_lora_is_refused_with_the_reason(ternary_dir):
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
+    with pytest.raises(ValueError, match="LoRA cannot be added to ternary layers"):
+        loaded.load_lora_adapter({})
+
+
+def test_push_to_hub_uploads_the_folder_with_its_card(ternary_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, name, **options):
+            seen["name"] = name
+            return type("Repository", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            seen.update(repo_id=repo_id, files=sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
+    loaded.save_pretrained(tmp_path / "flux-ternary", push_to_hub=True, token="t")
+    assert (seen["token"], seen["name"], seen["repo_id"]) == ("t", "flux-ternary", "me/flux-ternary")
+    assert {"README.md", "config.json"} < set(seen["files"])
+
+
+def test_another_format_is_named(copy):
+    edit_config(copy, format_version=99)
+    with pytest.raises(ValueError, match="format 99, this BitFlux reads 2: update BitFlux"):
+        FluxTransformer2DModel.from_pretrained(copy)
+
+
+def test_a_damaged_file_is_named(copy):
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=re.escape(shard.name)):
+        FluxTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [("packed", 250, "which is no five ternary codes"), ("scale", float("nan"), "no scales")],
+)
+def test_a_senseless_tensor_is_named(copy, part, value, words):
+    name = f"single_transformer_blocks.0.proj_out.{part}"
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][3] = value
+            shard.unlink()
+            save_file(tensors, shard, metadata={"format": "pt"})
+    edit_config(copy, files=None)
+    with pytest.raises(ValueError, match=rf"single_transformer_blocks\.0\.proj_out.*{words}"):
+        FluxTransformer2DModel.from_pretrained(copy)
+
+
+def test_importing_bitflux_imports_neither_torch_nor_diffusers():
+    code = "import bitflux_core, sys; print({'torch', 'diffusers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_readmes_script_draws(tmp_path):
+    section = (REPOSITORY / "README.md").read_text().split("## Use it from diffusers")[1]
+    script = (
+        section.split("```python\n")[1].split("```")[0].replace("bitflux_core/mini", f"{REPOSITORY}/bitflux_core/mini")
+    )
+    assert len(script.strip().splitlines()) <= 10
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    image = Image.open(tmp_path / "ternary.png")
+    assert image.size == (128, 128)
+    assert len(image.getcolors(128 * 128)) > 100
