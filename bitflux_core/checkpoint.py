@@ -29,7 +29,7 @@ QUANT_METHOD = "bitflux"
 FORMAT_VERSION = 2
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 # A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
-SHARD_SIZE = "100MB"
+SHARD_SIZE = "50MB"
 
 
 def save_ternary(

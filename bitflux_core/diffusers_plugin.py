@@ -80,6 +80,10 @@ class BitFluxQuantizer(DiffusersQuantizer):
             check_file(file, digests.get(file.name))
         return loaded_keys
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies all but the codes, which are decoded: a view of the file would keep all of its pages in memory."""
+        return {name: t if name.endswith(".packed") else t.clone() for name, t in state_dict.items()}
+
     def check_if_quantized_param(self, model: Any, param_value: Tensor, param_name: str, *_: Any, **__: Any) -> bool:
         return param_name.endswith(".packed")
 

@@ -47,7 +47,7 @@ def read_tensors(
                     yield name, _planes(file, name, tensor, len(expected[name]), columns[name])
                 else:
                     _check_floats(file, name, tensor, is_scale=name in exact)
-                    yield name, tensor
+                    yield name, tensor.clone()  # a view of the file would keep all of its pages in memory
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
 
@@ -90,7 +90,8 @@ def _misfit(
 
 
 def _check_floats(file: Path, name: str, tensor: Tensor, is_scale: bool) -> None:
-    if not tensor.isfinite().all():
+    low, high = tensor.aminmax()  # without the temporaries of isfinite; a NaN is both
+    if not (low.isfinite() and high.isfinite()):
         raise UserError(f"{file}: tensor {name} holds a value that is not finite: {REMEDY}")
-    if is_scale and (tensor < 0).any():
+    if is_scale and low < 0:
         raise UserError(f"{file}: tensor {name} holds a negative scale: {REMEDY}")

@@ -112,21 +112,25 @@ def test_a_dense_transformer_is_not_saved(transformer, tmp_path):
 
 
 _LOADED = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from bitflux_core.checkpoint import load_ternary
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def kilobytes(what):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(what))
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of imports, or of the process that forked this
+before = kilobytes("VmRSS")
 load_ternary(sys.argv[1], dtype=torch.bfloat16, device="cpu")
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
-    """FLUX.1-dev's single blocks, ten in place of 38, with shards in the same proportion to the whole."""
-    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 10, "guidance_embeds": True})
+    """FLUX.1-dev's single blocks, four in place of 38, with smaller shards."""
+    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 4, "guidance_embeds": True})
     transformer = random_transformer("ternary", sizes, torch.device("cpu"))
-    save_ternary(transformer, tmp_path / "ternary", {}, method="random", max_shard_size="16MB")
+    save_ternary(transformer, tmp_path / "ternary", {}, method="random", max_shard_size="10MB")
     stored = sum(file.stat().st_size for file in (tmp_path / "ternary").glob("*.safetensors"))
     command = [sys.executable, "-c", _LOADED, str(tmp_path / "ternary")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert stored < int(done.stdout) < 1.3 * stored
+    assert stored < int(done.stdout) < 1.3 * stored, int(done.stdout) / stored
