@@ -6,17 +6,19 @@ The manifest is written from this, never from what the scheduler remembers.
 import hashlib
 import logging
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from cluster.plan import Plan, Shard, ShardKey
-from cluster.rows import SCHEMA_VERSION, MemoryKind, ModelUse, decode, model_use
-from cluster.store import ResultStore
+from cluster.rows import SCHEMA_VERSION, MemoryKind, ModelUse, decode, shard_uses
+from cluster.store import MERGED, ResultStore
 
 # Reading is waiting, mostly: for a remote storage, or for a disk.
 READERS = 8
+SCANNED = ["sample_id", "error", "seconds"]
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "ray", "pyarrow")
 
 log = logging.getLogger(__name__)
@@ -24,8 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What one committed file holds. `seconds` are those of its drawn images."""
+    """What one committed shard holds, and its file, which may hold others as well: `name`, `sha256` and `size` are the
+    file's. `seconds` are those of its drawn images."""
 
+    key: ShardKey
     name: str
     sha256: str
     size: int
@@ -52,35 +56,46 @@ class ModelMetrics:
 
 
 def scan(store: ResultStore, plan: Plan) -> dict[ShardKey, ShardRecord]:
-    """Reads every committed shard of the plan. A file that is damaged, or whose ids are not exactly the plan's, is set
-    aside, and its shard counts as missing."""
-    names = store.shards()
-    present = [shard for shard in plan.shards if shard.key in names]
+    """Reads the ids of every committed shard of the plan. A file that is damaged, or whose ids are not exactly the
+    plan's, is set aside, and its shards count as missing. Raises StorageError."""
+    planned = {shard.key: shard for shard in plan.shards}
+    files: dict[str, list[ShardKey]] = defaultdict(list)
+    for key, name in store.shards().items():
+        files[name].append(key)
+    wanted = {name: keys for name, keys in files.items() if not planned.keys().isdisjoint(keys)}
     with ThreadPoolExecutor(READERS) as pool:
-        records = pool.map(lambda shard: _read(store, plan, shard, names[shard.key]), present)
-        return {shard.key: record for shard, record in zip(present, records, strict=True) if record}
+        records = pool.map(lambda name: _read(store, plan, planned, sorted(wanted[name]), name), wanted)
+        found = dict(zip(wanted, records, strict=True))
+    if any(records is None and MERGED.fullmatch(name) for name, records in found.items()):
+        return scan(store, plan)  # the shards' own files may still be there
+    return {record.key: record for records in found.values() for record in records or ()}
 
 
-def _read(store: ResultStore, plan: Plan, shard: Shard, name: str) -> ShardRecord | None:
-    content = store.read(name)
+def _read(
+    store: ResultStore, plan: Plan, planned: Mapping[ShardKey, Shard], keys: list[ShardKey], name: str
+) -> list[ShardRecord] | None:
+    """The records of the shards in one file; None where it cannot be used and was set aside."""
     try:
-        table = decode(content)
-        sample_ids = table["sample_id"].to_pylist()
-        if sample_ids != plan.sample_ids(shard):
+        content = store.read(name)
+        table = decode(content, SCANNED)
+        sample_ids = [sample_id for key in keys for sample_id in plan.sample_ids(planned[key])]
+        uses = shard_uses(table)
+        if table["sample_id"].to_pylist() != sample_ids or len(uses) != len(keys):
             raise ValueError("its sample ids are not the plan's")
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError) as error:
-        log.warning("%s: set aside, its shard is drawn again (%s)", name, error)
+        log.warning("%s: set aside, its shards are drawn again (%s)", name, error)
         store.set_aside(name)
         return None
-    return ShardRecord(
-        name,
-        hashlib.sha256(content).hexdigest(),
-        len(content),
-        table.num_rows,
-        table.num_rows - table["error"].null_count,
-        table["seconds"].drop_null().to_pylist(),
-        model_use(table),
-    )
+    sha256, start, records = hashlib.sha256(content).hexdigest(), 0, []
+    for key, use in zip(keys, uses, strict=True):
+        rows = table.slice(start, len(planned[key].samples))
+        start += rows.num_rows
+        n_failed = rows.num_rows - rows["error"].null_count
+        seconds = rows["seconds"].drop_null().to_pylist()
+        records.append(ShardRecord(key, name, sha256, len(content), rows.num_rows, n_failed, seconds, use))
+    return records
 
 
 def metrics(plan: Plan, records: Mapping[ShardKey, ShardRecord]) -> list[ModelMetrics]:
@@ -120,8 +135,14 @@ def build_manifest(plan: Plan, run_id: str, records: Mapping[ShardKey, ShardReco
         "models": [vars(model) for model in metrics(plan, records)],
         "devices": devices,
         "packages": {package: version(package) for package in PACKAGES},
-        "files": [
-            {"name": record.name, "rows": record.n_rows, "bytes": record.size, "sha256": record.sha256}
-            for record in ordered
-        ],
+        "files": list(_files(ordered).values()),
     }
+
+
+def _files(records: Iterable[ShardRecord]) -> dict[str, dict]:
+    """The records' files as the manifest lists them, by name."""
+    files: dict[str, dict] = {}
+    for record in records:
+        empty = {"name": record.name, "rows": 0, "bytes": record.size, "sha256": record.sha256}
+        files.setdefault(record.name, empty)["rows"] += record.n_rows
+    return files

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.actor_slot import Limits
 from cluster.audit import ModelMetrics, ShardRecord, build_manifest, metrics, scan
+from cluster.compaction import compact
 from cluster.plan import Plan, Shard, ShardKey
 from cluster.profile import Profile
 from cluster.rows import Row
@@ -80,7 +81,10 @@ def run(
         proven = {key.variant for key, record in found.items() if record.n_failed < record.n_rows}
         reason = asyncio.run(_draw(plan, missing, store, workers, count, limits or Limits(), proven, counter.add))
         counter.report("verifying")
-        found = scan(store, plan)
+        try:
+            found = scan(store, plan)
+        except StorageError as error:
+            reason = reason or str(error)
     return _verified(plan, store, found, reason)
 
 
@@ -100,7 +104,7 @@ async def _draw(
         with _stopped_by_signals(scheduler):
             await scheduler.run()
     except (RunStopped, StorageError) as error:
-        return str(error)
+        return str(getattr(error, "cause", None) or error)  # an actor's StorageError comes wrapped in its traceback
     return None
 
 
@@ -119,15 +123,16 @@ def _stopped_by_signals(scheduler: Scheduler) -> Iterator[None]:
 
 
 def _verified(plan: Plan, store: ResultStore, found: Mapping[ShardKey, ShardRecord], reason: str | None) -> RunSummary:
-    """Declares the run complete where every shard of the plan is there; `scan` has compared its ids with the plan's."""
-    missing = len(plan.shards) - len(found)
-    if not missing and reason is None:
-        manifest = build_manifest(plan, store.run_id, found)
+    """Merges the files and declares the run complete where every shard of the plan is there: `scan` has compared its
+    ids with the plan's."""
+    if len(found) == len(plan.shards) and reason is None:
         try:
-            store.write_manifest(manifest)
-            return _complete(manifest)
+            found = compact(store, plan)
+            if len(found) == len(plan.shards):
+                return _complete(store.write_manifest(build_manifest(plan, store.run_id, found)))
         except StorageError as error:
             reason = str(error)
+    missing = len(plan.shards) - len(found)
     return RunSummary(
         complete=False,
         reason=reason or f"{missing} of {len(plan.shards)} shards did not verify",

@@ -1,24 +1,29 @@
 """Where a run's results lie, and the only place that writes them.
 
     <uri>/run_id=<id>/_plan.json                                            what the run is, written first
-    <uri>/run_id=<id>/variant=<v>/benchmark=<b>/shard-00042.parquet         one file a shard
+    <uri>/run_id=<id>/variant=<v>/benchmark=<b>/shard-00042.parquet         one file a shard, while the run goes on
+    <uri>/run_id=<id>/variant=<v>/benchmark=<b>/rows-00000-00511.parquet    at its end: all rows of shards 0 to 511
     <uri>/run_id=<id>/images/<v>/<b>/<prompt>_<image>-<digest>.png          what the rows point to
     <uri>/run_id=<id>/_manifest.json                                        written last: the run is complete
 
-Every file is written once and never changed. A shard is done when its file exists; nothing else records progress.
+Every file is written once and never changed. A shard is done when its own file or a merged one that covers it exists;
+nothing else records progress. Where both exist the merged one is read, so each row is read once, whenever a run is
+killed. The shards' own files stay: a merged file that gets damaged costs no image, and they are few beside the images.
 """
 
 import hashlib
 import json
 import re
 import uuid
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from bitflux_core.errors import UserError
+from cluster.failing_storage import StorageError, describe, patiently
 from cluster.plan import Plan, ShardKey
 from cluster.rows import SCHEMA, ModelUse, Row, decode, encode
 from cluster.write_once import publish
@@ -26,11 +31,10 @@ from cluster.write_once import publish
 PLAN = "_plan.json"
 MANIFEST = "_manifest.json"
 SHARD = re.compile(r"variant=([^/]+)/benchmark=([^/]+)/shard-(\d{5,})\.parquet")
+MERGED = re.compile(r"variant=([^/]+)/benchmark=([^/]+)/rows-(\d{5,})-(\d{5,})\.parquet")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-
-class StorageError(Exception):
-    """The storage refused a result; what was committed before stays good."""
+T = TypeVar("T")
 
 
 class ResultStore:
@@ -58,11 +62,11 @@ class ResultStore:
         description = json.dumps(plan.describe(), indent=1, ensure_ascii=False).encode()
         try:
             publish(self._fs, self._path(PLAN), description)
-            found = self.plan_digest()
         except OSError as error:
             raise UserError(
-                f"output {self.uri}: cannot be written ({error.strerror or error}); name another with --output"
+                f"output {self.uri}: cannot be written ({describe(error)}); name another with --output"
             ) from error
+        found = self.plan_digest()
         if found != plan.digest:
             raise UserError(
                 f"run {self.run_id} at {self.uri} has another plan (other models, workload or settings); "
@@ -78,9 +82,13 @@ class ResultStore:
         """The complete run's manifest, None while the run is incomplete."""
         return self._read_json(MANIFEST)
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Declares the run complete. Raises StorageError."""
+    def write_manifest(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Declares the run complete and returns its manifest: another one, where a second driver came first.
+
+        Raises StorageError.
+        """
         self._publish(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        return self.manifest() or manifest
 
     def commit(self, key: ShardKey, rows: list[Row], use: ModelUse | None) -> bool:
         """Writes a shard's file; False where another commit of the same shard came first. Raises StorageError."""
@@ -95,46 +103,49 @@ class ResultStore:
         self._publish(name, png)
         return name
 
+    def commit_merged(self, keys: Sequence[ShardKey], content: bytes) -> None:
+        """Writes the rows of consecutive shards of one variant and benchmark into one file. Raises StorageError."""
+        self._publish(merged_name(keys[0], keys[-1]), content)
+
     def shards(self) -> dict[ShardKey, str]:
-        """The shards that were committed, with their files' names."""
-        self._fs.invalidate_cache()
-        names = [
-            f"{variant}/{benchmark}/{file}"
-            for variant in self._list("")
-            if variant.startswith("variant=")
-            for benchmark in self._list(variant)
-            for file in self._list(f"{variant}/{benchmark}")
-        ]
-        matches = [match for match in map(SHARD.fullmatch, names) if match]
-        return {ShardKey(match[1], match[2], int(match[3])): match[0] for match in matches}
+        """The shards that were committed, with the names of the files that hold them: a merged file's, where there is
+        one. Raises StorageError."""
+        return _owners(self._result_files())
 
     def completed_shards(self, plan: Plan) -> set[ShardKey]:
         """Which of the plan's shards were committed."""
         return {shard.key for shard in plan.shards} & self.shards().keys()
 
     def read(self, name: str) -> bytes:
-        """A file of the run, by its name within the run's folder."""
-        return self._fs.cat_file(self._path(name))
+        """A file of the run, by its name within the run's folder. Raises FileNotFoundError and StorageError."""
+        return self._reading(name, lambda: self._fs.cat_file(self._path(name)))
 
     def set_aside(self, name: str) -> None:
-        """Renames a damaged file, so that its shard is drawn again and nothing is lost."""
-        self._fs.mv(self._path(name), f"{self._path(name)}.damaged-{uuid.uuid4().hex[:8]}")
+        """Renames a damaged file, so that its shards are drawn again and nothing is lost. Raises StorageError."""
+        aside = f"{self._path(name)}.damaged-{uuid.uuid4().hex[:8]}"
+        self._reading(name, lambda: self._fs.mv(self._path(name), aside))
+
+    def files(self, partial: bool = False) -> dict[str, str | None]:
+        """The files that hold the rows of a complete run, with their SHA-256 in hex; with `partial` also those of an
+        incomplete run so far, None for their digests. Each row is in one of them. UserError for an incomplete run."""
+        manifest = self.manifest()
+        if manifest is not None:
+            return {file["name"]: file["sha256"] for file in manifest["files"]}
+        if not partial:
+            raise UserError(f"run {self.run_id} at {self.uri} is not complete; finish it, or ask for --partial")
+        return dict.fromkeys(sorted({*self.shards().values()}))
 
     def read_rows(self, partial: bool = False) -> pa.Table:
         """All rows of a complete run, or with `partial` those that are there.
 
         UserError for an incomplete run, and for a file that is damaged or not the manifest's.
         """
-        manifest = self.manifest()
-        if manifest is None and not partial:
-            raise UserError(f"run {self.run_id} at {self.uri} is not complete; finish it, or ask for --partial")
-        digests: dict[str, str | None] = (
-            {file["name"]: file["sha256"] for file in manifest["files"]}
-            if manifest
-            else dict.fromkeys(sorted(self.shards().values()))
-        )
-        tables = [self._table(name, digest).replace_schema_metadata(None) for name, digest in digests.items()]
+        tables = [table.replace_schema_metadata(None) for table in self.tables(partial)]
         return pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
+
+    def tables(self, partial: bool = False) -> Iterator[pa.Table]:
+        """The rows file by file, with their metadata; errors as of `read_rows`."""
+        return (self._table(name, digest) for name, digest in self.files(partial).items())
 
     def _table(self, name: str, digest: str | None) -> pa.Table:
         """A shard's rows. UserError where the file is gone or damaged, or is not the one of the manifest's `digest`."""
@@ -153,13 +164,39 @@ class ResultStore:
         try:
             return publish(self._fs, self._path(name), content)
         except OSError as error:
-            raise StorageError(f"{self._path(name)}: cannot be written ({error.strerror or error})") from error
+            raise StorageError(
+                f"{self.run_uri}/{name}: cannot be written ({describe(error)}); "
+                "once the storage takes it, the same command goes on"
+            ) from error
+
+    def _reading(self, name: str, call: Callable[[], T]) -> T:
+        try:
+            return patiently(call)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{self.run_uri}/{name}: cannot be read ({describe(error)}); "
+                "once the storage gives it, the same command goes on"
+            ) from error
+
+    def _result_files(self) -> list[str]:
+        """Names of all files that hold rows, or once did."""
+        self._fs.invalidate_cache()
+        return [
+            f"{variant}/{benchmark}/{file}"
+            for variant in self._list("")
+            if variant.startswith("variant=")
+            for benchmark in self._list(variant)
+            for file in self._list(f"{variant}/{benchmark}")
+        ]
 
     def _list(self, folder: str) -> list[str]:
         try:
-            return [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._path(folder), detail=False)]
+            paths = self._reading(folder, lambda: self._fs.ls(self._path(folder), detail=False))
         except FileNotFoundError:
             return []
+        return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -178,3 +215,28 @@ class ResultStore:
 def shard_name(key: ShardKey) -> str:
     """The file's name within the run's folder."""
     return f"variant={key.variant}/benchmark={key.benchmark}/shard-{key.number:05}.parquet"
+
+
+def merged_name(first: ShardKey, last: ShardKey) -> str:
+    """The name of the file that holds the rows of all shards from `first` to `last`."""
+    return f"variant={first.variant}/benchmark={first.benchmark}/rows-{first.number:05}-{last.number:05}.parquet"
+
+
+def _owners(names: Iterable[str]) -> dict[ShardKey, str]:
+    """Which of the files each shard is to be read from. A merged file goes before the shard's own; of two merged ones
+    that overlap only the first by name is read."""
+    names = sorted(names)
+    owners: dict[ShardKey, str] = {}
+    for name in names:
+        if match := MERGED.fullmatch(name):
+            keys = [ShardKey(match[1], match[2], number) for number in range(int(match[3]), int(match[4]) + 1)]
+            if owners.keys().isdisjoint(keys):
+                owners.update(dict.fromkeys(keys, name))
+    for name in names:
+        if match := SHARD.fullmatch(name):
+            owners.setdefault(_key(match), name)
+    return owners
+
+
+def _key(match: re.Match[str]) -> ShardKey:
+    return ShardKey(match[1], match[2], int(match[3]))

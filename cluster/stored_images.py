@@ -11,7 +11,7 @@ from PIL import Image
 from cluster.device import worker_host
 from cluster.pieces import DrawBatch
 from cluster.plan import Plan
-from cluster.rows import DrawReport, ModelUse, decode, model_use
+from cluster.rows import DrawReport, ModelUse, shard_uses
 from cluster.store import ResultStore
 from cluster.workers import HELPER_CPUS, Workers
 
@@ -62,16 +62,15 @@ def stored_images(store: ResultStore, plan: Plan) -> StoredImages:
     seeds = {sample.pair_id: sample.noise_seed for shard in plan.shards for sample in shard.samples}
     files: dict[tuple[str, int], tuple[str, float]] = {}
     uses: dict[str, ModelUse] = {}
-    for key, name in store.shards().items():
-        if key.variant not in plan.variants:
+    for table in store.tables():
+        variant = table["variant"][0].as_py()  # a file is of one variant
+        if variant not in plan.variants:
             continue
-        table = decode(store.read(name))
-        use = model_use(table)
-        if use:
-            uses[key.variant] = use.joined(uses.get(key.variant))
+        for use in filter(None, shard_uses(table)):
+            uses[variant] = use.joined(uses.get(variant))
         for row in table.select(["pair_id", "image_path", "seconds"]).to_pylist():
             if row["image_path"] and row["pair_id"] in seeds:
-                files[key.variant, seeds[row["pair_id"]]] = (row["image_path"], row["seconds"])
+                files[variant, seeds[row["pair_id"]]] = (row["image_path"], row["seconds"])
     lacking = [variant for variant in plan.variants if variant not in uses]
     if lacking:
         raise LookupError(f"run {store.run_id} has no images of {lacking[0]}")

@@ -2,7 +2,8 @@
 
 On a local or shared volume: a temporary file in the same folder, flushed to disk, then a hard link to the final name,
 which the file system refuses where that name exists. A crash leaves at most a temporary file, whose name starts with a
-dot and ends in `.tmp`; readers never match it. Elsewhere: the exclusive create of the fsspec file system.
+dot and ends in `.tmp`; readers never match it. Elsewhere: the exclusive create of the fsspec file system, which on S3
+is one PutObject with `If-None-Match: *`.
 """
 
 import os
@@ -12,23 +13,44 @@ from pathlib import Path
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.failing_storage import patiently
+
+# They have no folders; asked to make one, s3fs would make a bucket of a misspelt name.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
+
 
 def publish(fs: AbstractFileSystem, path: str, content: bytes) -> bool:
     """Writes `content` under `path` and says whether this call did it; False where the file was there before.
 
-    Creates the folder. Raises OSError where the storage refuses.
+    Creates the folder. Tries again while the storage fails in a way that may pass; a try that took effect without an
+    answer also ends in False. Raises OSError where the storage refuses.
     """
-    if isinstance(fs, LocalFileSystem):
-        return _publish_locally(Path(path), content)
-    try:
+    write = _publish_locally if isinstance(fs, LocalFileSystem) else _publish_remotely
+    return patiently(lambda: write(fs, path, content))
+
+
+def _publish_remotely(fs: AbstractFileSystem, path: str, content: bytes) -> bool:
+    if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
         fs.makedirs(fs._parent(path), exist_ok=True)
+    try:
         fs.pipe_file(path, content, mode="create")
     except FileExistsError:
         return False
+    except OSError as error:
+        if _precondition_failed(error):
+            return False
+        raise
     return True
 
 
-def _publish_locally(path: Path, content: bytes) -> bool:
+def _precondition_failed(error: OSError) -> bool:
+    """Whether S3 refused because the object is there. s3fs says so in words that only Amazon's own answer has."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
+
+
+def _publish_locally(_: AbstractFileSystem, name: str, content: bytes) -> bool:
+    path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
