@@ -6,7 +6,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Sample:
     def pair_id(self) -> str:
         """Id shared by all variants of this sample. The tag is left out: it labels the sample, it does not draw it."""
         return _digest(
-            [self.benchmark, self.prompt_index, self.prompt, self.image_index, self.seed, asdict(self.sampling)]
+            [self.benchmark, self.prompt_index, self.prompt, self.image_index, self.seed, vars(self.sampling)]
         )
 
     def sample_id(self, variant: str, dtype: str, fingerprint: str) -> str:
@@ -50,5 +52,4 @@ class Sample:
 
 
 def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()[:32]

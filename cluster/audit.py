@@ -89,12 +89,13 @@ def _read(
         store.set_aside(name)
         return None
     sha256, start, records = hashlib.sha256(content).hexdigest(), 0, []
+    errors, seconds = table["error"].to_pylist(), table["seconds"].to_pylist()
     for key, use in zip(keys, uses, strict=True):
-        rows = table.slice(start, len(planned[key].samples))
-        start += rows.num_rows
-        n_failed = rows.num_rows - rows["error"].null_count
-        seconds = rows["seconds"].drop_null().to_pylist()
-        records.append(ShardRecord(key, name, sha256, len(content), rows.num_rows, n_failed, seconds, use))
+        part = slice(start, start + len(planned[key].samples))
+        n_failed = sum(error is not None for error in errors[part])
+        drawn = [value for value in seconds[part] if value is not None]
+        records.append(ShardRecord(key, name, sha256, len(content), part.stop - start, n_failed, drawn, use))
+        start = part.stop
     return records
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -164,14 +165,19 @@ def decode(content: bytes, columns: list[str] | None = None) -> pa.Table:
     """The table of a Parquet file's bytes, or some of its columns. ValueError (pyarrow.ArrowInvalid) or OSError where
     what is read of it is damaged."""
     # Not pq.read_table: it goes through a data set, which takes three times as long for a small file.
-    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False)
     return file.read(columns, use_threads=False)
 
 
-def shard_uses(table: pa.Table) -> list[ModelUse | None]:
+def shard_uses(table: pa.Table) -> tuple[ModelUse | None, ...]:
     """The model use of each shard in the table's file, in the order of their rows."""
-    kept = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"null"))
+    return _uses((table.schema.metadata or {}).get(METADATA_KEY, b"null"))
+
+
+@lru_cache  # a run's files hold few different ones
+def _uses(metadata: bytes) -> tuple[ModelUse | None, ...]:
+    kept = json.loads(metadata)
     if kept and "shards" in kept:
         uses = [ModelUse(**use) for use in kept["uses"]]
-        return [None if index is None else uses[index] for index in kept["shards"]]
-    return [ModelUse(**kept) if kept else None]
+        return tuple(None if index is None else uses[index] for index in kept["shards"])
+    return (ModelUse(**kept) if kept else None,)
