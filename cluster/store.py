@@ -38,7 +38,11 @@ T = TypeVar("T")
 
 
 class ResultStore:
-    """One run's folder at a local path or an fsspec URI. Holds no connection state, so it travels to the actors."""
+    """One run's folder at a local path or an fsspec URI. Holds no connection state, so it travels to the actors.
+
+    What S3 needs (credentials, region, endpoint) comes from the environment of each process: AWS_ACCESS_KEY_ID,
+    AWS_ENDPOINT_URL_S3 and the like.
+    """
 
     def __init__(self, uri: str, run_id: str) -> None:
         """Raises UserError for a run id that is no file name and for a URI that no installed file system serves."""

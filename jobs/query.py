@@ -19,6 +19,8 @@ from bitflux_core.errors import UserError
 from cluster.store import ResultStore
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, run_id
 
+READS = {duckdb.StatementType.SELECT, duckdb.StatementType.MULTI}  # several in one: PIVOT
+
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
@@ -40,12 +42,11 @@ def _query(args: Namespace) -> int:
     with duckdb.connect() as connection:
         create_view(connection, args.output, args.run_id, args.partial)
         try:
+            _check_reads_only(connection, args.sql)
             cursor = connection.execute(args.sql)
-            if cursor is None:
-                raise UserError("SQL: no statement; give one over the view `results`")
             columns = [column[0] for column in cursor.description or ()]
             rows = cursor.fetchall()
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:
             raise UserError(f"SQL: {error}") from error
     if args.json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
@@ -57,9 +58,13 @@ def _query(args: Namespace) -> int:
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, output: str, run: str | None, partial: bool) -> None:
-    """Makes the view `results` over the chosen runs' Parquet files. UserError where there are none."""
+    """Makes the view `results` over the chosen runs' Parquet files, and closes the connection to all other files.
+
+    UserError where there are none.
+    """
     stores = [ResultStore(output, name) for name in ([run] if run else run_ids(output))]
-    files = [f"{store.run_uri}/{name}" for store in stores for name in _shard_files(store, partial)]
+    chosen = [store for store in stores if partial or store.manifest()]
+    files = [f"{store.run_uri}/{name}" for store in chosen for name in store.files(partial)]
     if not files:
         what = f"run {run}" if run else "run"
         remedy = "ask for --partial, or draw one with jobs/eval_all.py"
@@ -69,16 +74,19 @@ def create_view(connection: duckdb.DuckDBPyConnection, output: str, run: str | N
         connection.register_filesystem(filesystem)
     try:
         connection.read_parquet(files, union_by_name=True, hive_partitioning=False).create_view("results")
-    except duckdb.Error as error:
+    except (duckdb.Error, OSError) as error:
         raise UserError(f"--output {output}: {error}") from error
+    connection.execute("SET allowed_paths = $1", [files])
+    connection.execute("SET enable_external_access = false")
 
 
-def _shard_files(store: ResultStore, partial: bool) -> list[str]:
-    """A run's files within its folder: those that its manifest names, or those that are there so far."""
-    manifest = store.manifest()
-    if manifest:
-        return [file["name"] for file in manifest["files"]]
-    return sorted(store.shards().values()) if partial else []
+def _check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """UserError for a statement that could write, even into the files of the results."""
+    kinds = {statement.type for statement in connection.extract_statements(sql)}
+    if not kinds:
+        raise UserError("SQL: no statement; give one over the view `results`")
+    if not kinds <= READS:
+        raise UserError("SQL: only a query is answered; SELECT from the view `results`, and print with --csv or --json")
 
 
 def run_ids(output: str) -> list[str]:

@@ -18,7 +18,9 @@ def write_run(output: Path, name: str, scores: list[float], *, complete: bool, s
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     if complete:
-        (output / f"run_id={name}" / "_manifest.json").write_text(json.dumps({"files": [{"name": shard}]}))
+        (output / f"run_id={name}" / "_manifest.json").write_text(
+            json.dumps({"files": [{"name": shard, "sha256": ""}]})
+        )
 
 
 @pytest.fixture
@@ -71,6 +73,11 @@ def test_a_table_shows_text_as_it_is(ask):
     [
         (["SELECT scor FROM results"], "scor"),
         (["SELEC 1"], "SELEC"),
+        (["COPY results TO 'out.csv'"], "only a query is answered"),
+        (["SELECT 1; COPY results TO 'out.csv'"], "only a query is answered"),
+        (["EXPLAIN ANALYZE COPY results TO 'out.csv'"], "only a query is answered"),
+        (["SET enable_external_access = true"], "only a query is answered"),
+        (["SELECT * FROM read_csv('/etc/hostname')"], "/etc/hostname"),
         (["SELECT 1", "--run-id", "second"], "no complete run second there; ask for --partial"),
         (["SELECT 1", "--run-id", "absent", "--partial"], "absent"),
         (["SELECT 1", "--run-id", "a/b"], "--run-id"),
@@ -85,6 +92,10 @@ def test_mistakes_are_one_line(output, capsys, arguments, named):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert named in captured.err
+
+
+def test_a_pivot_is_a_query(ask):
+    assert ask("PIVOT results ON run_id USING count(*) GROUP BY tag", "--csv").splitlines() == ["tag,first", "[x],2"]
 
 
 def test_no_statement(output, capsys):
