@@ -41,3 +41,33 @@ def plan() -> Plan:
 @pytest.fixture
 def store(tmp_path) -> ResultStore:
     return ResultStore(str(tmp_path / "results"), "r1")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    from s3_server import S3Server
+
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 endpoint with an empty bucket, as pods see it: all by the standard variables."""
+    import fsspec
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_server.failures.clear()
+    filesystem = fsspec.filesystem("s3")
+    filesystem.call_s3("create_bucket", Bucket="bucket")
+    yield s3_server
+    s3_server.failures.clear()
+    filesystem.rm("bucket", recursive=True)
