@@ -13,7 +13,7 @@ ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>told to fail</Messa
 
 
 class S3Server:
-    """`failures` are what the next requests of a method get in place of an answer: (method, status, S3's error code)."""
+    """`failures` are what the next requests get in place of an answer: (their method, HTTP status, S3's error code)."""
 
     def __init__(self) -> None:
         self.failures: deque[tuple[str, int, str]] = deque()
