@@ -7,11 +7,18 @@ import ray
 
 
 def claim_device() -> str:
-    """`cuda` where Ray gave this actor a GPU, else `cpu` with a single thread.
+    """`cuda` where Ray gave this actor a GPU, else `cpu` with a single thread. Call it before any model is loaded.
+
+    From then on this process asks no model hub: what a model's folder lacks is an error. Many actors at once would
+    each download it, and what they got could differ from what the run's fingerprints say.
 
     Sums split over threads differ in their last bits, so one thread makes the results the same however many actors
     share the machine.
     """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the variable is read on import, which may be past
     if ray.get_gpu_ids():
         return "cuda"
     import torch

@@ -93,11 +93,15 @@ def changed(profile: Profile, changes: dict[str, object]) -> Profile:
 
 
 def _anchored(profile: Profile, folder: Path) -> Profile:
-    """Model folders and workload files that lie beside a user's profile, as absolute paths; other names stay."""
+    """Model folders and workload files that lie beside a user's profile, as absolute paths; other names stay.
+
+    A name that begins with `./` or `../` means a place beside the profile also where nothing is there yet, such as the
+    ternary model that is still to be made. Any other may be a hub id, or lie in the repository.
+    """
 
     def anchor(name: str) -> str:
         beside = folder / name
-        return str(beside) if beside.exists() else name
+        return str(beside) if beside.exists() or name.startswith(("./", "../")) else name
 
     models = {role: anchor(name) for role, name in profile.models if name is not None}
     benchmarks = tuple(anchor(name) for name in profile.benchmarks)

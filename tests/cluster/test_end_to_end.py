@@ -1,5 +1,8 @@
 """Real actors with random mini models: what one replica draws and scores in this process, two give bit for bit."""
 
+import json
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from cluster_fakes import VOLATILE
 from in_process import in_process
 
+from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
 from cluster.evaluator import EvaluatorActor
 from cluster.model_files import ModelFiles, fingerprints
@@ -18,8 +22,6 @@ from cluster.store import ResultStore
 from cluster.text_encoder import TextEncoderActor
 from cluster.workers import Workers
 from cluster.workload import PromptRecord, Workload
-
-pytestmark = pytest.mark.usefixtures("local_ray")
 
 # What the models are does not matter here: a prompt of GenEval's own form does.
 PROMPTS = tuple(
@@ -96,6 +98,7 @@ def results(summary, store) -> list[dict]:
     return table.drop_columns(list(VOLATILE)).sort_by("sample_id").to_pylist()
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_two_replicas_on_ray_give_the_results_of_one(files, profile, tmp_path, one_replica):
     store = ResultStore(str(tmp_path / "two"), "r1")
     summary = run(planned(profile, files), profile, files, store, replicas=2)
@@ -108,3 +111,44 @@ def test_two_replicas_on_ray_give_the_results_of_one(files, profile, tmp_path, o
     assert bf16.storage_bytes > ternary.storage_bytes
     assert bf16.peak_memory_bytes > ternary.peak_memory_bytes
     assert {bf16.memory_kind, ternary.memory_kind} == {"cpu-resident"}
+
+
+@pytest.fixture
+def connections(monkeypatch) -> list[str]:
+    """Hosts that this process looks up; none is reached."""
+    asked: list[str] = []
+
+    def refuse(host, *_, **__):
+        asked.append(str(host))
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("cluster.device.ray.get_gpu_ids", list)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return asked
+
+
+def test_actors_load_their_models_from_folders_and_ask_no_hub(files, profile, tmp_path, connections):
+    threads = torch.get_num_threads()
+    try:
+        replica = ReplicaActor(files.pipeline, files.ternary, profile.dtype, profile.sampling)
+        for variant in ("bf16", "ternary", "ternary-int8", "ternary-reference"):
+            replica.start(variant)
+        TextEncoderActor(files.pipeline, profile.dtype, profile.sampling.max_sequence_length).start()
+        store = ResultStore(str(tmp_path), "r1")
+        models = {"detector": files.detector, "clip": files.clip}
+        EvaluatorActor({"random": "mini-geneval"}, models, store).start()
+        assert connections == []
+
+        # A part that open_clip would fetch: named, and not fetched.
+        lacking = tmp_path / "clip"
+        shutil.copytree(files.clip, lacking)
+        config = json.loads((lacking / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"]["hf_model_name"] = "someone/text-tower"
+        (lacking / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="clip cannot be loaded"):
+            EvaluatorActor({"random": "mini-geneval"}, {**models, "clip": lacking}, store).start()
+        assert connections == []
+    finally:
+        torch.set_num_threads(threads)

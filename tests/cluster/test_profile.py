@@ -53,6 +53,14 @@ def test_paths_beside_a_users_profile_become_absolute(tmp_path):
     assert profile.benchmarks == (str(tmp_path / "own-workload.yaml"), "geneval")
 
 
+def test_a_folder_still_to_be_made_beside_a_users_profile(tmp_path):
+    models = {**MINI["models"], "ternary": "./ternary", "clip": "../clip", "detector": "someone/detector"}
+    profile = load_profile(write(tmp_path, models=models, name="own"))
+    assert profile.models.ternary == str(tmp_path / "ternary")
+    assert profile.models.clip == str(tmp_path / ".." / "clip")
+    assert profile.models.detector == "someone/detector"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -1,6 +1,7 @@
 """The image's recipe, which no test builds."""
 
 import re
+from importlib.metadata import version
 
 from kuberay_objects import (
     DOCKERFILE,
@@ -37,3 +38,11 @@ def test_the_image_holds_what_runs_and_nothing_else() -> None:
     allowed = {rule[1:] for rule in rules if rule.startswith("!")}
     packages = {name.split(".")[0] for name in project()["tool"]["setuptools"]["packages"]}
     assert allowed == packages | {"manifests", "pyproject.toml", "README.md"}
+
+
+def test_the_image_has_what_results_in_object_storage_need() -> None:
+    """From the declared dependencies: s3fs and fsspec are released together, under one number."""
+    declared = {re.split(r"[<>=\[]", name)[0]: name for name in project()["project"]["dependencies"]}
+    assert declared["s3fs"].removeprefix("s3fs") == declared["fsspec"].removeprefix("fsspec") != ""
+    assert version("s3fs") == version("fsspec")
+    assert "s3fs" not in DOCKERFILE.read_text()  # a second, unpinned source
