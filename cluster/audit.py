@@ -10,16 +10,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from typing import Any
 
 from cluster.plan import Plan, Shard, ShardKey
+from cluster.provenance import distinct_codes
 from cluster.rows import SCHEMA_VERSION, MemoryKind, ModelUse, decode, shard_uses
 from cluster.store import MERGED, ResultStore
 
 # Reading is waiting, mostly: for a remote storage, or for a disk.
 READERS = 8
 SCANNED = ["sample_id", "error", "seconds"]
-PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "ray", "pyarrow")
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +123,12 @@ def _metrics(variant: str, fingerprint: str, records: Iterable[ShardRecord]) -> 
     )
 
 
-def build_manifest(plan: Plan, run_id: str, records: Mapping[ShardKey, ShardRecord]) -> dict:
-    """The manifest of a complete run. `records` must hold every shard of the plan (KeyError)."""
+def build_manifest(
+    plan: Plan, run_id: str, records: Mapping[ShardKey, ShardRecord], sessions: list[dict[str, Any]]
+) -> dict:
+    """The manifest of a complete run, which `sessions` worked on. `records` must hold every shard (KeyError)."""
     ordered = [records[shard.key] for shard in plan.shards]
-    devices = sorted({record.use.device for record in ordered if record.use})
+    uses = [record.use for record in ordered if record.use]
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -134,8 +136,10 @@ def build_manifest(plan: Plan, run_id: str, records: Mapping[ShardKey, ShardReco
         "n_expected": plan.n_samples,
         "n_failed": sum(record.n_failed for record in ordered),
         "models": [vars(model) for model in metrics(plan, records)],
-        "devices": devices,
-        "packages": {package: version(package) for package in PACKAGES},
+        "devices": sorted({use.device for use in uses}),
+        "drivers": sorted({use.driver for use in uses if use.driver}),
+        "code": distinct_codes(sessions),
+        "sessions": sessions,
         "files": list(_files(ordered).values()),
     }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitflux_core.environment import gpu_driver
 from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
 from cluster.device import claim_device, device_name, worker_host
@@ -89,4 +90,5 @@ class ReplicaActor:
             generator.peak_memory_bytes(),
             "cuda-peak" if self._device == "cuda" else "cpu-resident",
             device_name(self._device),
+            gpu_driver() if self._device == "cuda" else None,
         )

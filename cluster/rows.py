@@ -56,12 +56,14 @@ class ModelUse:
     """What the model of a shard took: kept in its file's metadata, so that a resumed run reports it as well.
 
     `peak_memory_bytes` is the device's peak allocation on CUDA, the transformer's resident bytes on the CPU.
+    `driver` is the GPU driver's version.
     """
 
     storage_bytes: int
     peak_memory_bytes: int
     memory_kind: MemoryKind
     device: str
+    driver: str | None = None
 
     def joined(self, other: "ModelUse | None") -> "ModelUse":
         """The use of both: the larger peak counts."""

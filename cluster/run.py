@@ -12,6 +12,7 @@ from cluster.audit import ModelMetrics, ShardRecord, build_manifest, metrics, sc
 from cluster.compaction import compact
 from cluster.plan import Plan, Shard, ShardKey
 from cluster.profile import Profile
+from cluster.provenance import begin_session, sessions
 from cluster.rows import Row
 from cluster.scheduler import RunStopped, Scheduler
 from cluster.store import ResultStore, StorageError
@@ -69,6 +70,7 @@ def run(
     manifest = store.manifest()
     if manifest is not None:
         return _complete(manifest)
+    begin_session(store)
     counter = _Counter(plan.n_samples, progress or (lambda event: None))
     found = scan(store, plan)
     counter.resume(found)
@@ -129,8 +131,9 @@ def _verified(plan: Plan, store: ResultStore, found: Mapping[ShardKey, ShardReco
         try:
             found = compact(store, plan)
             if len(found) == len(plan.shards):
-                return _complete(store.write_manifest(build_manifest(plan, store.run_id, found)))
-        except StorageError as error:
+                manifest = build_manifest(plan, store.run_id, found, sessions(store))
+                return _complete(store.write_manifest(manifest))
+        except (StorageError, OSError) as error:
             reason = str(error)
     missing = len(plan.shards) - len(found)
     return RunSummary(

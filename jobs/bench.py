@@ -61,7 +61,7 @@ def _bench(args: Namespace) -> int:
     # Whatever a library prints must not land in the JSON document.
     with contextlib.redirect_stdout(sys.stderr):
         measured, settings = SECTIONS[args.section](args, device)
-    machine = rows.this_machine(device, Path(__file__).parent)
+    machine = rows.this_machine(device, Path(__file__).parent.parent)
     result = rows.Result(args.section, measured, machine, settings)
     files = rows.write(result, args.output)
     print_result(console_on(sys.stderr if args.json else sys.stdout), result, files)

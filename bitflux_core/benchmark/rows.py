@@ -2,13 +2,11 @@
 
 import gc
 import json
-import subprocess
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from bitflux_core.environment import git_revision, gpu_driver, package_version
 from bitflux_core.errors import UserError
 
 DOES_NOT_FIT = "does not fit"
@@ -81,18 +80,17 @@ def release() -> None:
 
 
 def this_machine(device: torch.device, repository: Path) -> Machine:
-    """`repository` is a folder of the source code, whose git revision counts."""
+    """`repository` is the source code's folder, whose git revision counts."""
     on_cuda = device.type == "cuda"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return Machine(
         device=torch.cuda.get_device_name(device) if on_cuda else "CPU",
-        driver=_said(query) if on_cuda else None,
+        driver=gpu_driver() if on_cuda else None,
         cuda=torch.version.cuda,
         torch=torch.__version__,
-        triton=_version("triton"),
-        diffusers=_version("diffusers"),
-        transformers=_version("transformers"),
-        git_revision=_said(["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40"]),
+        triton=package_version("triton"),
+        diffusers=package_version("diffusers"),
+        transformers=package_version("transformers"),
+        git_revision=git_revision(repository),
         date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     )
 
@@ -128,22 +126,6 @@ def _bare(hint: Any) -> type:
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
-
-
-def _said(command: Sequence[str]) -> str | None:
-    """The first line that a command prints, None where it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.strip().splitlines()), None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _line(error: Exception) -> str:
