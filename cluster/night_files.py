@@ -10,16 +10,13 @@ it says that the night is incomplete: finishing the night replaces that one.
 
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from bitflux_core.errors import UserError
+from cluster.overwrite import overwrite
 from cluster.plan import Plan
 from cluster.store import ResultStore
 from cluster.write_once import publish
@@ -61,14 +58,7 @@ class NightFiles:
         """Writes a file of a night whole, in place of an earlier one of that name."""
         path = f"{self._root}/nights/{night}/{name}"
         try:
-            if not isinstance(self._fs, LocalFileSystem):
-                self._fs.makedirs(self._fs._parent(path), exist_ok=True)
-                self._fs.pipe_file(path, content)
-                return
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(path).parent / f".{name}.{uuid.uuid4().hex}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            overwrite(self._fs, path, content)
         except OSError as error:
             raise UserError(
                 f"output {path}: cannot be written ({error.strerror or error}); free space there, or name another"

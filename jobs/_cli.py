@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from bitflux_core.errors import UserError
 
-COMPLETE, BAD_INPUT, INCOMPLETE = 0, 2, 3
+COMPLETE, DEFECT, BAD_INPUT, INCOMPLETE = 0, 1, 2, 3
 DEFAULT_OUTPUT = "results"
 TABLE_WIDTH = 120  # columns of text where the output is no terminal
 
@@ -25,17 +26,36 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code_of(job: Callable[[], int]) -> int:
-    """Runs a job. A UserError becomes one line on standard error and exit code 2; any other exception is a defect."""
+    """Runs a job. A UserError becomes one line on standard error and exit code 2, SIGTERM and Ctrl-C end it as
+    incomplete; any other exception is a defect. Call it in the main thread."""
+    # As Ray's own handler does, once there is one.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         return job()
     except UserError as error:
-        # An actor's error comes as Ray's own, whose text is the actor's traceback; the error itself is its cause.
-        message = str(getattr(error, "cause", None) or error)
-        print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
+        print("error:", message_of(error), file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        reason = stopped_by(error)
+        if reason is None:
+            raise
+        print(reason, file=sys.stderr)
         return INCOMPLETE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, in one line, whatever a library said."""
+    # An actor's error comes as Ray's own, whose text is the actor's traceback; the error itself is its cause.
+    return " ".join(str(getattr(error, "cause", None) or error).split())
+
+
+def stopped_by(error: KeyboardInterrupt | SystemExit) -> str | None:
+    """By what a job was stopped from outside; None where it left by itself, as `--help` does."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "stopped by SIGTERM" if error.code == signal.SIGTERM else None
 
 
 def console_on(stream: TextIO) -> Console:

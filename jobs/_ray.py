@@ -4,16 +4,26 @@
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
 
 from bitflux_core.errors import UserError
 
+# Ray hands the driver of `ray job submit` its runtime environment and its metadata in this variable.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 
 def in_submitted_job() -> bool:
-    """True in the driver of `ray job submit`: Ray hands it its runtime environment in this variable."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    """True in the driver of `ray job submit`."""
+    return JOB_CONFIG in os.environ
+
+
+def submission_id() -> str | None:
+    """The id that `ray job` knows this job by; None where it was not submitted."""
+    metadata = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata") or {}
+    return metadata.get("job_submission_id")
 
 
 def prepare() -> None:

@@ -2,15 +2,15 @@
 
 import sys
 from collections import defaultdict
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.plan import Plan
 from cluster.store import ResultStore
-from evaluators.statistics import OVERALL, Comparison, compare, interval
+from evaluators.statistics import OVERALL, Comparison, Estimate, compare, interval
 from jobs._plan_report import images_by_tag
 
 if TYPE_CHECKING:
@@ -29,17 +29,34 @@ MEMORY = {
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary") -> list[Comparison]:
-    """Prints scores by benchmark and tag, what each model takes, and where the results lie; returns the comparisons."""
+@dataclass(frozen=True)
+class Scores:
+    """What the rows of a run say: each variant alone, by benchmark and tag, and the variants against each other."""
+
+    estimates: dict[tuple[str, str], list[Estimate]]  # by variant and benchmark
+    comparisons: list[Comparison]
+
+
+def scores_of(plan: Plan, store: ResultStore) -> Scores:
+    """The scores of a run, as far as it is drawn."""
     rows: Rows = defaultdict(list)
     for row in store.read_rows(partial=True).select(ROW_COLUMNS).to_pylist():
         rows[row["variant"], row["benchmark"]].append(row)
-    comparisons = compare_variants(plan, rows)
-    if comparisons:
-        for variant in dict.fromkeys(comparison.variant for comparison in comparisons):
-            console.print(_comparison_table([c for c in comparisons if c.variant == variant]))
-    else:
-        console.print(_score_table(plan, rows))
+    expected = images_by_tag(plan)
+    estimates = {
+        (variant, benchmark): interval(rows[variant, benchmark], expected=expected[benchmark])
+        for variant in plan.variants
+        for benchmark in expected
+    }
+    return Scores(estimates, compare_variants(plan, rows))
+
+
+def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary", scores: Scores) -> None:
+    """Prints scores by benchmark and tag, what each model takes, and where the results lie."""
+    for variant in dict.fromkeys(comparison.variant for comparison in scores.comparisons):
+        console.print(_comparison_table([c for c in scores.comparisons if c.variant == variant]))
+    if not scores.comparisons:
+        console.print(_score_table(scores))
     console.print(_model_table(summary.models))
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
@@ -48,7 +65,6 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
         print(f"{summary.n_failed} images failed; the column `error` of the results says why", file=sys.stderr)
     if not summary.complete:
         print(f"incomplete: {summary.reason}; --run-id {store.run_id} continues it", file=sys.stderr)
-    return comparisons
 
 
 def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:
@@ -70,14 +86,22 @@ def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:
     ]
 
 
-def document(store: ResultStore, summary: "RunSummary", comparisons: list[Comparison]) -> dict:
-    """The run in plain values, as --json prints it."""
+def counts(summary: "RunSummary") -> dict[str, int]:
+    """Images of all variants: planned, in the results (failed ones included), failed."""
+    return {"n_expected": summary.n_expected, "n_done": summary.n_done, "n_failed": summary.n_failed}
+
+
+def document(summary: "RunSummary", scores: Scores) -> dict[str, Any]:
+    """What was found, in plain values: counts, scores, comparisons, models."""
     fields = ("variant", "storage_bytes", "peak_memory_bytes", "seconds_per_image", "fingerprint")
     return {
-        "run_id": store.run_id,
-        "complete": summary.complete,
-        "results": store.run_uri,
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        **counts(summary),
+        "scores": [
+            {"variant": variant, "benchmark": benchmark, **asdict(estimate)}
+            for (variant, benchmark), estimates in scores.estimates.items()
+            for estimate in estimates
+        ],
+        "comparisons": [asdict(comparison) for comparison in scores.comparisons],
         "models": [{field: getattr(model, field) for field in fields} for model in summary.models],
     }
 
@@ -93,11 +117,11 @@ def _comparison_table(comparisons: list[Comparison]) -> Table:
     return table
 
 
-def _score_table(plan: Plan, rows: Rows) -> Table:
-    (variant,) = plan.variants
+def _score_table(scores: Scores) -> Table:
+    (variant,) = {variant for variant, _ in scores.estimates}
     table = _tag_table(f"{variant}, scores in %", (variant, "95 % interval", "images", "failures"))
-    for benchmark, expected in images_by_tag(plan).items():
-        for e in interval(rows[variant, benchmark], expected=expected):
+    for (_, benchmark), estimates in scores.estimates.items():
+        for e in estimates:
             bounds = _bounds(e.ci_low, e.ci_high)
             _add_tag(table, benchmark, e.tag, _percent(e.score), bounds, str(e.n_expected), str(e.n_failed))
     return table

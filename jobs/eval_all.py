@@ -1,7 +1,7 @@
 """Draws the benchmarks with each variant of a FLUX, scores every image and says what the variants lost.
 
 The results are the checkpoint: the same command continues a run that was interrupted, and only reports one that is
-complete. Exit code 0: complete, 2: bad input, 3: incomplete.
+complete. Exit code 0: complete, 2: bad input, 3: incomplete; verdict.json beside the results says the same, and why.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, 
 from jobs._inputs import check_variants, chosen_profile, located
 from jobs._plan_report import print_plan
 from jobs._progress import ProgressReport
-from jobs._report import document, print_report
+from jobs._report import counts, document, print_report, scores_of
+from jobs._verdict import Verdict
 
 if TYPE_CHECKING:
     from cluster.run import RunSummary
@@ -43,7 +44,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--replicas", type=positive, metavar="N", help="replicas of the model (as many as the machines hold)")
     add("--data-dir", type=Path, metavar="DIR", help="benchmarks' prompt files, for machines without internet")
     add("--dry-run", action="store_true", help="print the plan and stop; needs no weights")
-    add("--json", action="store_true", help="one JSON document on standard output, all else on standard error")
+    add("--json", action="store_true", help="the verdict on standard output, all else on standard error")
     return parser.parse_args(argv)
 
 
@@ -53,46 +54,64 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: Namespace) -> int:
     _ray.prepare()
+    console = console_on(sys.stderr if args.json else sys.stdout)
+    if args.dry_run:
+        print_plan(console, _planned(args)[1], as_json=args.json)
+        return COMPLETE
+    # Before anything else can go wrong: an earlier job's verdict must not stand for this one.
+    from cluster.output import check_output
+
+    with Verdict(check_output(_asked(args), [], _ray.in_submitted_job())) as verdict:
+        profile, plan = _planned(args)
+        # Whatever a library prints must not land in the JSON document.
+        with contextlib.redirect_stdout(sys.stderr):
+            plan, store, summary = _draw(args, profile, plan, verdict)
+            if not summary.complete:
+                verdict.end(
+                    INCOMPLETE, summary.reason, counts(summary)
+                )  # a stopped job may be killed before the scores
+            scores = scores_of(plan, store)
+        print_report(console, plan, store, summary, scores)
+        exit_code = COMPLETE if summary.complete else INCOMPLETE
+        answer = verdict.end(exit_code, summary.reason, document(summary, scores))
+        if args.json:
+            print(json.dumps(answer, indent=2))
+        return exit_code
+
+
+def _planned(args: Namespace) -> tuple[Profile, Plan]:
+    """What is to be drawn. The plan knows no models yet."""
     profile = chosen_profile(args)
     workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
     check_variants(profile.variants)
-    plan = build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
-    console = console_on(sys.stderr if args.json else sys.stdout)
-    if args.dry_run:
-        print_plan(console, plan, as_json=args.json)
-        return COMPLETE
-
-    # Whatever a library prints must not land in the JSON document.
-    with contextlib.redirect_stdout(sys.stderr):
-        plan, store, summary = _draw(args, profile, plan)
-    comparisons = print_report(console, plan, store, summary)
-    if args.json:
-        print(json.dumps(document(store, summary, comparisons), indent=2))
-    return COMPLETE if summary.complete else INCOMPLETE
+    return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 
 
-def _draw(args: Namespace, profile: Profile, plan: Plan) -> tuple[Plan, ResultStore, "RunSummary"]:
+def _draw(args: Namespace, profile: Profile, plan: Plan, verdict: Verdict) -> tuple[Plan, ResultStore, "RunSummary"]:
     """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
-    # Importing torch and ray takes longest: only after what can be refused without them.
+    # Importing torch takes longest: only after what can be refused without it.
     from cluster.output import alive_nodes, check_output
     from cluster.run import run
 
     models, fingerprints = located(profile, plan, profile.variants)
     plan = replace(plan, fingerprints=fingerprints)
     submitted = _ray.in_submitted_job()
-    asked = DEFAULT_OUTPUT if args.output is None else args.output
-    output = check_output(asked, [], submitted)
-    store = ResultStore(output, _run_id(args, plan))
+    store = ResultStore(check_output(_asked(args), [], submitted), _run_id(args, plan))
     if args.fresh and store.plan_digest():
         raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
     store.open(plan)
+    verdict.begin(store)
     complete = store.manifest() is not None  # then it is only read
     with contextlib.nullcontext() if complete else _ray.connected():
         if not complete:
-            check_output(asked, alive_nodes(), submitted)
+            check_output(_asked(args), alive_nodes(), submitted)
         with ProgressReport(console_on(sys.stderr)) as progress:
             summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
     return plan, store, summary
+
+
+def _asked(args: Namespace) -> str:
+    return DEFAULT_OUTPUT if args.output is None else args.output
 
 
 def _run_id(args: Namespace, plan: Plan) -> str:

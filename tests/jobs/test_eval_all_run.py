@@ -47,12 +47,22 @@ def finished(profile, tmp_path_factory) -> tuple[Path, subprocess.CompletedProce
 def test_a_run_ends_in_a_table(finished):
     folder, done = finished
     assert done.returncode == 0, done.stderr
-    (run,) = (folder / "results").iterdir()
+    (run,) = (folder / "results").glob("run_id=*")
     assert "ternary against bf16" in done.stdout
     for words in (*TAGS, "overall", "resident bytes, CPU", f"results: {run}"):
         assert words in done.stdout
     assert "24/24 images" in done.stderr
     assert (run / "_manifest.json").is_file()
+    verdict = json.loads((run / "verdict.json").read_text())
+    assert json.loads((folder / "results" / "verdict.json").read_text()) == verdict
+    assert (verdict["verdict"], verdict["exit_code"], verdict["reason"]) == ("complete", 0, None)
+    assert (verdict["n_expected"], verdict["n_done"], verdict["n_failed"]) == (24, 24, 0)
+    assert verdict["results"] == str(run)
+    assert verdict["started"] <= verdict["ended"]
+    assert [(s["variant"], s["tag"]) for s in verdict["scores"]] == [
+        (variant, tag) for variant in ("bf16", "ternary") for tag in (*TAGS, "overall")
+    ]
+    assert all(0 <= s["score"] <= 1 and s["n_scored"] == s["n_expected"] for s in verdict["scores"])
 
 
 def test_the_same_command_reads_the_run_and_json_says_all_of_it(finished, profile, monkeypatch, capsys):
@@ -61,8 +71,8 @@ def test_the_same_command_reads_the_run_and_json_says_all_of_it(finished, profil
     monkeypatch.setattr(_ray, "connected", lambda: pytest.fail("a complete run needs no Ray"))
     assert eval_all.main(["--profile", profile, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert set(said) == {"run_id", "complete", "results", "comparisons", "models"}
-    assert said["complete"] is True
+    assert said == json.loads((folder / "results" / "verdict.json").read_text())
+    assert said["verdict"] == "complete"
     assert Path(said["results"]) == folder / "results" / f"run_id={said['run_id']}"
     assert [(c["tag"], c["n_expected"], c["n_failed"]) for c in said["comparisons"]] == [
         *((tag, 2, 0) for tag in TAGS),
@@ -102,7 +112,8 @@ def test_a_fresh_run_has_a_name_of_its_own_and_one_that_stopped_says_so(finished
     assert eval_all.main(["--profile", profile, "--fresh", "--json"]) == 3
     captured = capsys.readouterr()
     said = json.loads(captured.out)
-    assert said["complete"] is False
+    assert said == json.loads((folder / "results" / "verdict.json").read_text())
+    assert (said["verdict"], said["resumable"], said["reason"]) == ("incomplete", True, "stopped by SIGTERM")
     assert said["run_id"] not in before
     assert {path.name for path in (folder / "results").iterdir()} == before | {f"run_id={said['run_id']}"}
     assert said["comparisons"][-1]["n_failed"] == 12

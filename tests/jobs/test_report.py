@@ -14,7 +14,7 @@ from cluster.profile import load_profile
 from cluster.run import RunSummary
 from cluster.store import ResultStore
 from cluster.workload import load_workload
-from jobs._report import print_report
+from jobs._report import print_report, scores_of
 
 Scorer = Callable[[str, Sample], float | None]
 
@@ -48,8 +48,9 @@ def report(tmp_path: Path):
         models = [ModelMetrics(v, 23_840_000_000, 3_660_000_000, "cuda-peak", 1.25, "print") for v in plan.variants]
         summary = RunSummary(True, None, plan.n_samples, plan.n_samples, n_failed, models)
         stream = io.StringIO()
-        comparisons = print_report(Console(file=stream, width=140), plan, store, summary)
-        return comparisons, [line.replace("│", " ").split() for line in stream.getvalue().splitlines()]
+        scores = scores_of(plan, store)
+        print_report(Console(file=stream, width=140), plan, store, summary, scores)
+        return scores.comparisons, [line.replace("│", " ").split() for line in stream.getvalue().splitlines()]
 
     return run
 
