@@ -1,6 +1,7 @@
-"""Progress with an estimate of the time left, on standard error: a bar in a terminal, a line now and then elsewhere."""
+"""Progress, images a second and the time left, on standard error: a bar in a terminal, elsewhere a line now and then."""
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from cluster.run import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+WINDOW_S = 600.0  # the pace is that of the last minutes: a pool grows and shrinks
 COLUMNS = ("{task.fields[stage]}", BarColumn(), MofNCompleteColumn(), "{task.fields[left]}")
 
 
@@ -33,9 +35,8 @@ class ProgressReport:
 
     def __call__(self, event: "Progress") -> None:
         now = time.monotonic()
-        left = self._pace.time_left(event, now)
-        if event.failed:
-            left = f"{event.failed} failed  {left}"
+        told = [f"{event.failed} failed"] if event.failed else []
+        left = "  ".join(told + self._pace.words(event, now))
         self._bar.update(self._task, completed=event.done, total=event.total, stage=event.stage, left=left)
         if self._bar.disable and (event.done == event.total or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
@@ -43,19 +44,21 @@ class ProgressReport:
 
 
 class Pace:
-    """Seconds an image. Counted from the first images drawn, since starting up takes long and says nothing of them."""
+    """Images a second. Counted from the first images drawn, since starting up takes long and says nothing of them."""
 
     def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
+        self._seen: deque[tuple[float, int]] = deque()  # when so many images were done, the window's first event first
 
-    def time_left(self, event: "Progress", now: float) -> str:
-        """`ETA 1:02:03` at the time `now`; empty while it cannot be told, and at the end."""
+    def words(self, event: "Progress", now: float) -> list[str]:
+        """`1.5 images/s` and `ETA 1:02:03` at the time `now`; empty while they cannot be told, and at the end."""
         if event.done <= event.resumed or event.done >= event.total:
-            return ""
-        if self._first is None:
-            self._first = (now, event.done)
-        since, done = self._first
-        if event.done == done:
-            return ""
-        seconds = round((now - since) * (event.total - event.done) / (event.done - done))
-        return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            return []
+        self._seen.append((now, event.done))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - WINDOW_S:
+            self._seen.popleft()
+        since, done = self._seen[0]
+        if event.done == done or now <= since:
+            return []
+        pace = (event.done - done) / (now - since)
+        seconds = round((event.total - event.done) / pace)
+        return [f"{pace:.3g} images/s", f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"]

@@ -1,13 +1,13 @@
-"""What all command lines share, and the estimate of the time left."""
+"""What all command lines share: exit codes and one-line errors."""
 
-from dataclasses import dataclass
+import os
+import signal
 
 import pytest
 from ray.exceptions import RayTaskError
 
 from bitflux_core.errors import UserError
 from jobs._cli import exit_code_of
-from jobs._progress import Pace
 
 
 def failing(error: BaseException):
@@ -36,23 +36,22 @@ def test_an_interrupted_job_is_incomplete(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_sigterm_ends_a_job_as_incomplete(capsys):
+    def job() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_code_of(job) == 3
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_help_is_no_interruption():
+    with pytest.raises(SystemExit):
+        exit_code_of(failing(SystemExit(0)))
+
+
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_code_of(failing(ZeroDivisionError()))
-
-
-@dataclass
-class Event:
-    done: int
-    resumed: int = 100
-    total: int = 1000
-    failed: int = 0
-    stage: str = "drawing"
-
-
-def test_the_time_left_is_that_of_the_images_still_to_draw():
-    pace = Pace()
-    assert pace.time_left(Event(done=100), now=60.0) == ""
-    assert pace.time_left(Event(done=200), now=150.0) == ""  # 90 s of mostly starting up say nothing
-    assert pace.time_left(Event(done=300), now=160.0) == "ETA 0:01:10"  # 100 images in 10 s
-    assert pace.time_left(Event(done=1000), now=200.0) == ""
