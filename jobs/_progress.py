@@ -1,4 +1,4 @@
-"""Progress, images a second and the time left, on standard error: a bar in a terminal, elsewhere a line now and then."""
+"""Progress, images a second, time left, on standard error: a bar in a terminal, elsewhere a line now and then."""
 
 import time
 from collections import deque
