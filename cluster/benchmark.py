@@ -18,7 +18,7 @@ import ray
 from bitflux_core.samples import Sampling
 from cluster.audit import scan
 from cluster.plan import Plan, build_plan
-from cluster.profile import Profile
+from cluster.profile import Models, Profile
 from cluster.run import Progress, run
 from cluster.store import ResultStore
 from cluster.stub_workers import DrawLog, Gate, StubEncoder, StubEvaluator, StubReplica
@@ -212,7 +212,7 @@ def _planned(workloads: Sequence[Workload], variants: tuple[str, ...], batches_p
 def _profile(batches_per_shard: int = 1) -> Profile:
     return Profile(
         name="stub",
-        models={"pipeline": "stub", "detector": "stub", "clip": "stub"},
+        models=Models(pipeline="stub", detector="stub", clip="stub"),
         sampling=Sampling(width=1024, height=1024, steps=50, guidance=3.5, max_sequence_length=512),
         batch_size=BATCH,
         batches_per_shard=batches_per_shard,

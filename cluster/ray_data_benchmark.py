@@ -4,6 +4,7 @@ It has no bounded retries of a shard, no quarantine of one sample, no second dra
 names, so it does less; it also stops where a worker's death cannot be retried.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def draw_with_ray_data(plan: Plan, replicas: int, gate: Gate, log: DrawLog, fold
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [
         {
             "sample_id": sample_id,

@@ -96,9 +96,35 @@ _TUNED = (
     Column("configs tried", "tried"),
     Column("fastest", "config"),
 )
+
+
+def _met(row: Any) -> str:
+    return {True: "met", False: "missed", None: "-"}[row.met]
+
+
+_TARGET = (Column("target", "target"), Column("", "met", what=_met))
+_WAITING = (
+    Column("drawn by", "what"),
+    Column("replicas", "replicas"),
+    Column("samples", "samples", ","),
+    Column("wall s", "wall_s", ".1f"),
+    Column("busy", "busy_share", ".2%"),
+    Column("idle", "idle", ".2%"),
+    Column("gap ms", "gap_ms", ".1f"),
+    Column("99 % of gaps", "gap_p99_ms", ".1f"),
+    *_TARGET,
+)
+_DRIVER = (
+    Column("cost", "what"),
+    Column("samples", "samples", ","),
+    Column("s", "wall_s", ".2f"),
+    Column("growth MB", "growth_mb", ".1f"),
+    *_TARGET,
+)
 _LEGEND = "ternary weights with activations in bf16 (A16) and int8 (A8); ratios are speeds"
+ENGINES = ("scheduler", "Ray Data")
 _ROOMY = 9  # columns; more fill 120 characters only without spaces beside the lines
-_WORDS = ("layer", "mode", "placement", "attention", "text_encoders")
+_WORDS = ("layer", "mode", "placement", "attention", "text_encoders", "what", "target", "met")
 
 
 def print_result(console: Console, result: Result, files: Iterable[Path]) -> None:
@@ -125,6 +151,8 @@ def print_result(console: Console, result: Result, files: Iterable[Path]) -> Non
 
 def name_of(row: Any) -> str:
     """What a row measured, in a few words."""
+    if hasattr(row, "what"):
+        return f"{row.what}, {row.replicas} replicas" if row.replicas else row.what
     if hasattr(row, "layer"):
         return f"{row.layer}, M = {row.tokens}"
     return f"{row.mode}, {row.placement}, {row.steps} steps" if hasattr(row, "placement") else str(row.mode)
@@ -139,6 +167,16 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         return [
             (f"many tokens; {_LEGEND}", _MANY_TOKENS + gemlite, many),
             (f"few tokens; {_LEGEND}; GB of packed weights", _FEW_TOKENS, few),
+        ]
+    if result.section == "scheduler":
+        drawing = [row for row in rows if row.what in ENGINES]
+        return [
+            (
+                "replicas that wait as long as drawing takes; idle: the share of their time that they did not draw",
+                _WAITING,
+                drawing,
+            ),
+            ("what the driver takes", _DRIVER, [row for row in rows if row not in drawing]),
         ]
     columns, title = {
         "transformer": (_STEPS, "one step of the transformer"),

@@ -1,19 +1,24 @@
-"""Measures what ternary weights save: matrix products, steps of the transformer, images, images on a small GPU.
+"""Measures what ternary weights save (products, steps, images, images on a small GPU) and what the scheduler costs.
 
-Weights are random and of FLUX.1-dev's dimensions, so nothing is downloaded. Only ratios within one run compare: GPUs of
-one kind differ. Exit code 0: measured (a model that does not fit in memory is a finding), 2: bad input or no CUDA GPU,
-3: something failed, or gave a wrong result; its row says what.
+Weights are random and of FLUX.1-dev's dimensions, so nothing is downloaded; the scheduler's replicas only wait. Only
+ratios within one run compare: GPUs of one kind differ. Exit code 0: measured (a model that does not fit in memory, or a
+target that is missed, is a finding), 2: bad input or no CUDA GPU, 3: something failed, or gave a wrong result; its row
+says what.
 """
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitflux_core.environment import package_version
 from bitflux_core.errors import UserError
+from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive
 
 if TYPE_CHECKING:
@@ -39,7 +44,13 @@ def parse(argv: list[str] | None) -> Namespace:
     for section in (images, small_gpu):
         section.add_argument("--steps", type=_counts, metavar="A,B", help="denoising steps (28,50; small-gpu: 28)")
     tune = sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
-    for section in (kernels, transformer, images, small_gpu, tune):
+    scheduler = sections.add_parser(
+        "scheduler", help="what scheduling costs, and Ray Data beside it; no GPU, 5 minutes"
+    )
+    scheduler.add_argument("--replicas", type=_counts, default=(8, 64), metavar="A,B", help="stub replicas (8,64)")
+    scheduler.add_argument("--seconds", type=positive, default=32, metavar="S", help="drawing of each (%(default)s)")
+    scheduler.add_argument("--samples", type=positive, metavar="N", help="of a plan (26,212: two published benchmarks)")
+    for section in (kernels, transformer, images, small_gpu, tune, scheduler):
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -124,7 +135,27 @@ def _small_gpu(args: Namespace, device: "torch.device") -> tuple[list, dict[str,
     return _watched(measured), settings
 
 
-SECTIONS = {"kernels": _kernels, "transformer": _transformer, "images": _images, "small-gpu": _small_gpu, "tune": _tune}
+def _scheduler(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    if "RAY_ADDRESS" in os.environ:
+        raise UserError("section scheduler measures on a Ray of its own, on this machine: unset RAY_ADDRESS")
+    _ray.prepare()
+    from cluster import benchmark
+
+    with _ray.connected(), tempfile.TemporaryDirectory(prefix="scheduler-", dir=args.output) as folder:
+        samples = args.samples or benchmark.SAMPLES
+        measured = benchmark.measure(args.replicas, args.seconds, samples, Path(folder).resolve())
+        settings = {"seconds_a_sample": benchmark.SECONDS_A_SAMPLE, "samples_a_shard": benchmark.BATCH}
+        return _watched(measured), {**settings, "cores": os.cpu_count(), "ray": package_version("ray")}
+
+
+SECTIONS = {
+    "kernels": _kernels,
+    "transformer": _transformer,
+    "images": _images,
+    "small-gpu": _small_gpu,
+    "tune": _tune,
+    "scheduler": _scheduler,
+}
 
 
 def _watched(rows: Iterable[Any]) -> list[Any]:
@@ -142,6 +173,8 @@ def _device(section: str, tiny: bool) -> "torch.device":
     """Where to measure. UserError where there is no CUDA GPU and one is needed."""
     import torch
 
+    if section == "scheduler":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())  # with its index: the allocator's cap wants one
     if not tiny:

@@ -1,12 +1,17 @@
 """jobs/bench.py without a GPU: what it refuses, and tiny runs through all that it measures, prints and writes."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from bitflux_core.benchmark import models, steps
+from cluster.manifests import REPOSITORY
 from jobs import bench
 from kernels import ops
 
@@ -146,3 +151,49 @@ def test_images(capsys, tmp_path):
     for row in rows:
         assert row["error"] is None
         assert row["image_s"] == pytest.approx(row["text_s"] + row["denoise_s"] + row["decode_s"])
+
+
+def test_the_scheduler_is_measured_on_a_ray_of_its_own(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert bench.main(["scheduler", "--output", str(tmp_path)]) == 2
+    assert "unset RAY_ADDRESS" in capsys.readouterr().err
+
+
+def test_the_schedulers_tables(capsys, tmp_path, monkeypatch):
+    from cluster.benchmark import Measurement
+
+    drawing = {"samples": 32, "wall_s": 16.1, "draw_s": 32.0, "busy_share": 0.9938, "idle": 0.0062, "gap_ms": 3.0}
+    measured = [
+        Measurement("scheduler", 2, **drawing, target="idle <= 2%", met=True),
+        Measurement("Ray Data", 2, error="ModuleNotFoundError: No module named 'pandas'"),
+        Measurement("resume scan", samples=200, wall_s=2.5, target="<= 2 s", met=False),
+    ]
+    monkeypatch.setattr("cluster.benchmark.measure", lambda *_: iter(measured))
+    monkeypatch.setattr("jobs._ray.connected", contextlib.nullcontext)
+    assert bench.main(["scheduler", "--output", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    words = [line.replace("│", " ").split() for line in said.splitlines()]
+    assert ["scheduler", "2", "32", "16.1", "99.38%", "0.62%", "3.0", "-", "idle", "<=", "2%", "met"] in words
+    assert ["resume", "scan", "200", "2.50", "-", "<=", "2", "s", "missed"] in words
+    assert "Ray Data, 2 replicas: ModuleNotFoundError" in said
+    document, table = files(tmp_path, "scheduler")
+    assert document["settings"]["cores"] > 0
+    assert [row["met"] for row in table] == [True, None, False]
+
+
+@pytest.mark.slow  # a Ray of its own
+def test_the_scheduler_for_real(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "jobs" / "bench.py"), "scheduler", "--output", str(tmp_path)]
+    knobs = ["--replicas", "2", "--seconds", "8", "--samples", "400"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([*command, *knobs], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in files(tmp_path, "scheduler")[1]}
+    assert set(rows) == {"scheduler", "Ray Data", "plan", "driver's memory", "resume scan"}
+    for engine in ("scheduler", "Ray Data"):
+        assert (rows[engine]["samples"], rows[engine]["replicas"]) == (16, 2)
+        assert rows[engine]["draw_s"] >= 16  # every sample waited its second
+        assert 0 < rows[engine]["busy_share"] <= 1
+    assert rows["driver's memory"]["samples"] == 800
+    assert rows["resume scan"]["samples"] == 400
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".parquet"]
