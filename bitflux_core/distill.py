@@ -27,6 +27,7 @@ from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 
 ENCODE_BATCH = 512
+MARGIN = 0.49  # from a code to a latent that still rounds to it
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,19 @@ def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens:
 class LatentTernaryLinear(nn.Module):
     """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through."""
 
-    def __init__(self, linear: nn.Linear | TernaryLinear):
+    def __init__(self, linear: nn.Linear | TernaryLinear, start: TernaryWeight | None = None):
+        """Starts at the linear's own bias and at `start`, or least squares."""
         super().__init__()
         if isinstance(linear, TernaryLinear):
             raise UserError("the teacher is ternary already: distil from a full-precision transformer")
-        ternary = least_squares(linear.weight)
+        ternary = start or least_squares(linear.weight)
         scale_N = ternary.scale_N.clamp(min=1e-8)
-        self.latent = nn.Parameter(linear.weight.detach().float() / scale_N[:, None])
+        latent_NK = linear.weight.detach().float() / scale_N[:, None]
+        if start is not None:  # the nearest latents that round to its codes
+            codes_NK = start.codes_NK.float()
+            inner_NK = latent_NK.clamp(codes_NK - MARGIN, codes_NK + MARGIN)
+            latent_NK = torch.where((latent_NK - codes_NK) * codes_NK > 0, latent_NK, inner_NK)
+        self.latent = nn.Parameter(latent_NK)
         self.log_scale = nn.Parameter(scale_N.log())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
@@ -140,7 +147,7 @@ class Distiller:
         self.pooled_PD = conditions.pooled_PD.to(device)
         self.image_ids_L3 = conditions.image_ids_L3.to(device)
         self.text_ids_T3 = torch.zeros(self.embeds_PTD.shape[1], 3, device=device)
-        self.sigmas = _sampler_sigmas(scheduler, settings.sampler_steps, len(self.image_ids_L3), device)
+        self.sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(self.image_ids_L3), device)
         batch, tokens, channels = settings.batch, len(self.image_ids_L3), teacher.config.in_channels
         self.x_BLC = torch.randn(batch, tokens, channels, device=device)
         self.step_B = torch.randint(settings.sampler_steps, (batch,), device=device)
@@ -245,7 +252,7 @@ def relative_error(mine: Tensor, theirs: Tensor) -> Tensor:
     return (mine.float() - theirs).square().mean() / theirs.square().mean().clamp(min=1e-8)
 
 
-def _sampler_sigmas(
+def sampler_sigmas(
     scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int, device: torch.device
 ) -> Tensor:
     """The noise levels [steps + 1] that FluxPipeline walks: from 1 down to 0."""

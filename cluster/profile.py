@@ -39,7 +39,10 @@ class Resources(_Declaration):
 
 
 class Profile(_Declaration):
-    """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch."""
+    """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch.
+
+    `calibration` names embedded prompts to quantize with; without it they are a file of the user's.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     models: Models
@@ -53,6 +56,7 @@ class Profile(_Declaration):
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     resources: Resources = Resources()
     assumptions: tuple[str, ...] = ()
+    calibration: Literal["mini-world"] | None = None
 
     @field_validator("sampling")
     @classmethod

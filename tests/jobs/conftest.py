@@ -35,7 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mini_clip.write_config(folder / "clip")
     torch.manual_seed(0)
     mini_clip.save_weights(mini_clip.build_clip(folder / "clip"), folder / "clip")
-    assert quantize.main(["--profile", write_profile(folder, NAMES), "--output", str(folder / "ternary")]) == 0
+    arguments = ["--init", "least-squares", "--output", str(folder / "ternary")]
+    assert quantize.main(["--profile", write_profile(folder, NAMES), *arguments]) == 0
     return folder
 
 

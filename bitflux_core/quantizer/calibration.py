@@ -1,0 +1,82 @@
+"""Calibration without images: states along the teacher's own way from noise to image, for calibration prompts.
+
+Legend: S states, P prompts, B batch, L image tokens, C packed latent channels.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitflux_core.distill import Conditions
+from bitflux_core.quantizer.blocks import BlockSource, Stream
+
+
+@dataclass(frozen=True)
+class States:
+    """Points on trajectories, on the CPU: latents_SLC float32, noise levels sigma_S, indices of prompts prompt_S."""
+
+    latents_SLC: Tensor
+    sigma_S: Tensor
+    prompt_S: Tensor
+
+
+class Calibration:
+    """The transformer's inputs for every prompt and state, in batches on the source's device."""
+
+    def __init__(self, conditions: Conditions, guidance: float, batch: int):
+        self.conditions, self.guidance, self.batch = conditions, guidance, batch
+
+    def inputs(self, source: BlockSource, states: States) -> Iterator[dict[str, Tensor]]:
+        """Keyword arguments of FluxTransformer2DModel.forward, `batch` states at a time."""
+
+        def ready(tensor: Tensor) -> Tensor:
+            return tensor.to(source.device, source.dtype)
+
+        text_ids_T3 = ready(torch.zeros(self.conditions.prompt_embeds_PTD.shape[1], 3))
+        parts = (part.split(self.batch) for part in (states.latents_SLC, states.sigma_S, states.prompt_S))
+        for latents_BLC, sigma_B, prompt_B in zip(*parts, strict=True):
+            yield {
+                "hidden_states": ready(latents_BLC),
+                "timestep": ready(sigma_B),
+                "guidance": ready(torch.full((len(sigma_B),), self.guidance)),
+                "encoder_hidden_states": ready(self.conditions.prompt_embeds_PTD[prompt_B]),
+                "pooled_projections": ready(self.conditions.pooled_PD[prompt_B]),
+                "txt_ids": text_ids_T3,
+                "img_ids": ready(self.conditions.image_ids_L3),
+            }
+
+    def streams(self, source: BlockSource, states: States) -> list[Stream]:
+        """What enters the first block, batch by batch."""
+        return [source.enter(**inputs) for inputs in self.inputs(source, states)]
+
+    @torch.no_grad()
+    def trajectories(self, source: BlockSource, sigmas: Tensor, states_a_prompt: int, seed: int) -> States:
+        """Walks every prompt from noise along the levels `sigmas` and keeps `states_a_prompt` random points of each.
+
+        All prompts take a step together, block by block, so that each block is read once a step.
+        """
+        prompts, steps = len(self.conditions.pooled_PD), len(sigmas) - 1
+        generator = torch.Generator().manual_seed(seed)
+        tokens, channels = len(self.conditions.image_ids_L3), source.empty.config.in_channels
+        latents_PLC = torch.randn(prompts, tokens, channels, generator=generator)
+        kept_PS = torch.rand(prompts, steps, generator=generator).argsort(dim=1) < states_a_prompt
+        everyone = torch.arange(prompts)
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+            chosen = kept_PS[:, step].nonzero()[:, 0]
+            kept.append((latents_PLC[chosen], sigma.expand(len(chosen)), chosen))
+            now = States(latents_PLC, sigma.expand(prompts), everyone)
+            streams = self.streams(source, now)
+            for name in source.names:
+                block = source.block(name)
+                streams = [stream.through(block) for stream in streams]
+            leaving = zip(streams, self.inputs(source, now), strict=True)
+            velocity_PLC = torch.cat([source.leave(stream, **inputs).float().cpu() for stream, inputs in leaving])
+            latents_PLC = latents_PLC + (following - sigma) * velocity_PLC
+        # Shuffled, so that every batch holds all noise levels.
+        order_S = torch.randperm(sum(len(part[1]) for part in kept), generator=generator)
+        latents_SLC, sigma_S, prompt_S = (torch.cat(parts)[order_S] for parts in zip(*kept, strict=True))
+        return States(latents_SLC, sigma_S, prompt_S)

@@ -1,0 +1,134 @@
+"""Codes and scales that keep a layer's outputs: error-compensated rounding, then coordinate descent.
+
+Let x be the layer's input behind the already quantized blocks and x' what the teacher gives the same layer. The bias
+takes up the means, so that codes Q and scales s answer for E||W x' - s Q x||^2 around them alone: with the covariance
+H of x, the cross covariance C of x' and x, and W* = W C H^-1, the best unquantized weight on these inputs, that is
+(W* - s Q) H (W* - s Q)^T plus a constant, each row by itself. Rounding column after column, the error of each carried
+to those still to come (GPTQ, Frantar et al. 2023, algorithm 1), gives first codes; coordinate descent over single
+codes, with the best scale for the codes between its rounds, lowers the same error until nothing moves.
+
+Legend: N output features, K input features, M tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from bitflux_core.ternary import TernaryWeight, least_squares
+
+DAMPING = 0.01  # of the mean variance, added to every input's: few samples must not decide where they say nothing
+SCALE_FACTORS = (0.85, 1.0, 1.15)  # of the least-squares scale, to round with; each row keeps the best
+MOST_ROUNDS = 10
+COLUMNS = 128  # rounded before their error is carried to all others in one matrix product
+SMALLEST = 1e-12
+
+
+class InputMoments:
+    """Sums of one layer input and its products over calibration tokens, float32: two K x K matrices."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.count = 0
+        self.student_K = torch.zeros(in_features, device=device)
+        self.teacher_K = torch.zeros(in_features, device=device)
+        self.student_KK = torch.zeros(in_features, in_features, device=device)
+        self.cross_KK = torch.zeros(in_features, in_features, device=device)  # teacher by student
+
+    def add(self, student_MK: Tensor, teacher_MK: Tensor) -> None:
+        """Counts the inputs of M tokens, in any floating type."""
+        student_MK, teacher_MK = student_MK.float(), teacher_MK.float()
+        self.count += len(student_MK)
+        self.student_K += student_MK.sum(0)
+        self.teacher_K += teacher_MK.sum(0)
+        self.student_KK.addmm_(student_MK.T, student_MK)
+        self.cross_KK.addmm_(teacher_MK.T, student_MK)
+
+
+class Compensator:
+    """What all layers with one input share: its covariances and their factors. The moments are used up in place."""
+
+    def __init__(self, moments: InputMoments):
+        count = moments.count
+        self.student_K, self.teacher_K = moments.student_K / count, moments.teacher_K / count
+        covariance_KK = moments.student_KK.div_(count).addr_(self.student_K, self.student_K, alpha=-1)
+        # C - H: how the teacher's inputs differ from the student's, as far as the student's tell.
+        self.shift_KK = moments.cross_KK.div_(count).addr_(self.teacher_K, self.student_K, alpha=-1).sub_(covariance_KK)
+        diagonal_K = covariance_KK.diagonal()
+        damping = DAMPING * diagonal_K.mean().clamp(min=SMALLEST)
+        # Large variances first: their errors are the dear ones, and find the most columns to be carried to.
+        self.order_K = diagonal_K.argsort(descending=True, stable=True)
+        self.covariance_KK = covariance_KK[self.order_K][:, self.order_K]
+        self.covariance_KK.diagonal().add_(damping)
+        self.factor_KK = torch.linalg.cholesky(self.covariance_KK)
+        self.inverse_factor_KK = torch.linalg.cholesky(torch.cholesky_inverse(self.factor_KK), upper=True)
+
+    def quantize(self, weight_NK: Tensor) -> tuple[TernaryWeight, Tensor]:
+        """The layer's ternary weight, and what its bias [N] must gain."""
+        wide_NK = weight_NK.float()
+        moved_NK = torch.cholesky_solve((wide_NK @ self.shift_KK)[:, self.order_K].T, self.factor_KK).T
+        target_NK = wide_NK[:, self.order_K] + moved_NK
+        codes_NK, scale_N = self._best_codes(target_NK)
+        ternary = TernaryWeight(codes_NK[:, self.order_K.argsort()].to(torch.int8), scale_N)
+        return ternary, wide_NK @ self.teacher_K - ternary.dequantize() @ self.student_K
+
+    def _best_codes(self, target_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [N, K] as floats, columns in `order_K`, and scales [N]: the best of all starting scales, row by row."""
+        base_N = least_squares(target_NK).scale_N.clamp(min=SMALLEST)
+        best_codes_NK, best_scale_N = torch.zeros_like(target_NK), base_N
+        best_error_N = torch.full_like(base_N, torch.inf)
+        for factor in SCALE_FACTORS:
+            codes_NK = self._round(target_NK, factor * base_N)
+            codes_NK, scale_N = self._descend(target_NK, codes_NK)
+            error_NK = target_NK - codes_NK * scale_N[:, None]
+            error_N = ((error_NK @ self.covariance_KK) * error_NK).sum(1)
+            better_N = error_N < best_error_N
+            best_codes_NK = torch.where(better_N[:, None], codes_NK, best_codes_NK)
+            best_scale_N = torch.where(better_N, scale_N, best_scale_N)
+            best_error_N = torch.where(better_N, error_N, best_error_N)
+        return best_codes_NK, best_scale_N
+
+    def _round(self, target_NK: Tensor, scale_N: Tensor) -> Tensor:
+        """Error-compensated rounding at fixed scales, in blocks of columns."""
+        rest_NK, codes_NK = target_NK.clone(), torch.empty_like(target_NK)
+        width = target_NK.shape[1]
+        for start in range(0, width, COLUMNS):
+            stop = min(start + COLUMNS, width)
+            block = rest_NK[:, start:stop]
+            error_NB = torch.empty_like(block)
+            for column in range(stop - start):
+                factor_B = self.inverse_factor_KK[start + column, start + column : stop]
+                code_N = (block[:, column] / scale_N).round().clamp(-1, 1)
+                codes_NK[:, start + column] = code_N
+                error_NB[:, column] = (block[:, column] - code_N * scale_N) / factor_B[0]
+                block[:, column:].addr_(error_NB[:, column], factor_B, alpha=-1)
+            rest_NK[:, stop:].addmm_(error_NB, self.inverse_factor_KK[start:stop, stop:], alpha=-1)
+        return codes_NK
+
+    def _descend(self, target_NK: Tensor, codes_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds of coordinate descent over the codes, in place, each behind the best scale for the codes so far."""
+        scale_N = self._best_scale(target_NK, codes_NK)
+        width = target_NK.shape[1]
+        for _ in range(MOST_ROUNDS):
+            # Minus half the error's gradient by the quantized weight.
+            slope_NK = (target_NK - codes_NK * scale_N[:, None]) @ self.covariance_KK
+            moved = torch.zeros((), dtype=torch.bool, device=target_NK.device)
+            for start in range(0, width, COLUMNS):
+                stop = min(start + COLUMNS, width)
+                block, step_NB = slope_NK[:, start:stop], torch.empty_like(slope_NK[:, start:stop])
+                for column in range(stop - start):
+                    place = start + column
+                    curvature_N = scale_N * self.covariance_KK[place, place]
+                    code_N = (codes_NK[:, place] + block[:, column] / curvature_N).round().clamp(-1, 1)
+                    step_NB[:, column] = (code_N - codes_NK[:, place]) * scale_N
+                    codes_NK[:, place] = code_N
+                    block.addr_(step_NB[:, column], self.covariance_KK[place, start:stop], alpha=-1)
+                slope_NK[:, stop:].addmm_(step_NB, self.covariance_KK[start:stop, stop:], alpha=-1)
+                moved |= step_NB.any()
+            scale_N = self._best_scale(target_NK, codes_NK)
+            if not moved:
+                break
+        return codes_NK, scale_N
+
+    def _best_scale(self, target_NK: Tensor, codes_NK: Tensor) -> Tensor:
+        """The scales [N] that leave the least error at these codes; positive."""
+        weighted_NK = codes_NK @ self.covariance_KK
+        scale_N = (weighted_NK * target_NK).sum(1) / (weighted_NK * codes_NK).sum(1).clamp(min=SMALLEST)
+        return scale_N.clamp(min=SMALLEST)

@@ -1,0 +1,168 @@
+"""From a full-precision FLUX pipeline to a ternary checkpoint, block by block, resumable; no image is used."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, save_ternary
+from bitflux_core.distill import Conditions, sampler_sigmas
+from bitflux_core.errors import UserError
+from bitflux_core.generate import TextEncoder
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
+from bitflux_core.quantizer.blocks import BlockSource
+from bitflux_core.quantizer.calibration import Calibration
+from bitflux_core.quantizer.memory import check_memory, required_bytes
+from bitflux_core.quantizer.reconstruction import ReconstructionSettings
+from bitflux_core.quantizer.snr import Snr, write_plot, write_table
+from bitflux_core.quantizer.work import WorkFolder
+from bitflux_core.samples import Sampling
+
+TABLE, PLOT = "snr.parquet", "snr.svg"
+PIXELS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What a ternary checkpoint is made by. Without prompts nothing is calibrated and only weights are measured.
+
+    Attributes:
+        init: how codes and scales are chosen.
+        prompts: calibration prompts, one trajectory each.
+        states_a_prompt: points kept of each trajectory.
+        reconstruction_steps: training steps of each block; 0 leaves the blocks as initialised.
+        sampling: how the teacher draws.
+        batch: calibration states that pass a block at once.
+        seed: of noise, states and training.
+    """
+
+    init: Init
+    prompts: tuple[str, ...]
+    states_a_prompt: int
+    reconstruction_steps: int
+    sampling: Sampling
+    batch: int
+    seed: int = 0
+
+
+def quantize(
+    pipeline_dir: Path,
+    output: Path,
+    settings: QuantizeSettings,
+    device: torch.device,
+    report: Callable[[str, list[Snr]], None],
+) -> FluxTransformer2DModel:
+    """Writes the checkpoint `output` with its table and plot of signal-to-noise ratios, and returns the transformer.
+
+    Work under way lies in `<output>.partial`, from which a killed run goes on: same codes. `report` hears of each
+    block. UserError for an output in use, work of another recipe, a model that is not FLUX or is damaged, prompts
+    that are too long, and for too little GPU memory.
+    """
+    check_unused(output)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = BlockSource(pipeline_dir / "transformer", device, dtype)
+    side = (settings.sampling.height // PIXELS_PER_TOKEN, settings.sampling.width // PIXELS_PER_TOKEN)
+    required = required_bytes(
+        source.empty,
+        states=len(settings.prompts) * settings.states_a_prompt,
+        batch=settings.batch,
+        tokens=side[0] * side[1] + settings.sampling.max_sequence_length,
+        compensated=settings.init == "compensated",
+        trained=settings.reconstruction_steps > 0,
+        dtype=dtype,
+    )
+    check_memory(required, device)
+    provenance = _provenance(pipeline_dir, settings)
+    recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
+    work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
+    calibration = _calibrate(source, pipeline_dir, settings, side, work) if settings.prompts else None
+    reconstruction = None
+    if settings.reconstruction_steps:
+        reconstruction = ReconstructionSettings(settings.reconstruction_steps, seed=settings.seed)
+    quantize_blocks(source, calibration, WalkSettings(settings.init, reconstruction), work, report)
+
+    transformer = _collect(source, work)
+    rows = [row for name in source.names for row in work.load(name)[1]]
+    made = work.directory / "checkpoint"
+    shutil.rmtree(made, ignore_errors=True)  # of a run that was killed while it wrote
+    save_ternary(transformer, made, provenance, method=settings.init)
+    write_table(rows, made / TABLE)
+    write_plot(rows, made / PLOT)
+    os.replace(made, output)  # whole, or not at all
+    work.remove()
+    return transformer
+
+
+def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> Conditions:
+    """The prompts' embeddings, on the CPU. The text encoders are gone from the device afterwards."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    embeddings = TextEncoder(pipeline_dir, device, dtype, sampling.max_sequence_length).encode(prompts)
+    image_ids_L3 = FluxPipeline._prepare_latent_image_ids(
+        1,
+        sampling.height // PIXELS_PER_TOKEN,
+        sampling.width // PIXELS_PER_TOKEN,
+        torch.device("cpu"),
+        torch.float32,
+    )
+    return Conditions(
+        torch.stack([embedding.prompt_embeds for embedding in embeddings]),
+        torch.stack([embedding.pooled for embedding in embeddings]),
+        image_ids_L3,
+    )
+
+
+def _provenance(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
+    """What decides the codes, in plain values."""
+    prompts = hashlib.sha256(json.dumps(settings.prompts).encode()).hexdigest()[:16] if settings.prompts else None
+    return {
+        "teacher": fingerprint(pipeline_dir / "transformer"),
+        "init": settings.init,
+        "calibration": prompts,
+        "calibration_prompts": len(settings.prompts),
+        "states_a_prompt": settings.states_a_prompt,
+        "reconstruction_steps": settings.reconstruction_steps,
+        "sampling": vars(settings.sampling),
+        "batch": settings.batch,
+        "seed": settings.seed,
+    }
+
+
+def _calibrate(
+    source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, side: tuple[int, int], work: WorkFolder
+) -> CalibrationSet:
+    conditions = encode(pipeline_dir, settings.prompts, settings.sampling, source.device)
+    calibration = Calibration(conditions, settings.sampling.guidance, settings.batch)
+    states = work.load_states()
+    if states is None:
+        try:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline_dir / "scheduler")
+        except (OSError, ValueError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError(f"{pipeline_dir} holds no scheduler ({problem}): copy the model again") from error
+        sigmas = sampler_sigmas(scheduler, settings.sampling.steps, side[0] * side[1], torch.device("cpu"))
+        states = calibration.trajectories(source, sigmas, settings.states_a_prompt, settings.seed)
+        work.save_states(states)
+    return CalibrationSet(calibration, states)
+
+
+def _collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
+    """The ternary transformer on the CPU, from the finished blocks and the teacher's rest."""
+    transformer = empty_transformer(source.config)
+    with torch.device("meta"):
+        for name, linear in block_linears(transformer).items():
+            layer = TernaryLinear(linear.in_features, linear.out_features, linear.bias is not None)
+            transformer.set_submodule(name, layer)
+    state = {key: tensor.cpu() for key, tensor in source.outside.state_dict().items()}
+    for name in source.names:
+        tensors, _ = work.load(name)
+        state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    transformer.load_state_dict(state, assign=True)
+    return transformer.eval().requires_grad_(False)

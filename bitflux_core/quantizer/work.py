@@ -1,0 +1,97 @@
+"""The folder of a quantization under way: one file a finished block, and the recipe that all of them follow."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitflux_core.errors import UserError
+from bitflux_core.files import read_json
+from bitflux_core.quantizer.calibration import States
+from bitflux_core.quantizer.reconstruction import Reconstruction
+from bitflux_core.quantizer.snr import Snr
+
+RECIPE = "recipe.json"
+STATES = "states"
+
+
+class WorkFolder:
+    """Opens or makes `directory` for `recipe` (JSON-able). UserError where it holds the work of another recipe.
+
+    Files appear whole, under their final name: a killed process loses the block in hand and nothing else.
+    """
+
+    def __init__(self, directory: Path, recipe: Mapping[str, object]):
+        self.directory = directory
+        recipe = json.loads(json.dumps(recipe))
+        file = directory / RECIPE
+        if file.is_file():
+            found = read_json(file, f"remove {directory} and begin again")
+            differing = [key for key in sorted({*recipe, *found}) if recipe.get(key) != found.get(key)]
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    f"{directory} holds work of another recipe ({key}: {found.get(key)}, not {recipe.get(key)}): "
+                    "give the same settings, or remove the folder"
+                )
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory} is in use and holds no {RECIPE}: name another output")
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(recipe, indent=2) + "\n")
+            os.replace(temporary, file)
+
+    def holds(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def save(self, name: str, tensors: dict[str, Tensor], rows: list[Snr], log: Reconstruction | None) -> None:
+        """Keeps a block's tensors with its ratios and the record of its training."""
+        metadata = {"snr": json.dumps([asdict(row) for row in rows])}
+        if log:
+            metadata["reconstruction"] = json.dumps(asdict(log))
+        self._write(name, tensors, metadata)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], list[Snr]]:
+        """What `save` kept. UserError for a file that is damaged."""
+        tensors, metadata = self._read(name)
+        return tensors, [Snr(**row) for row in json.loads(metadata["snr"])]
+
+    def reconstruction(self, name: str) -> Reconstruction | None:
+        """The record of a block's training, if it was trained."""
+        _, metadata = self._read(name)
+        return Reconstruction(**json.loads(metadata["reconstruction"])) if "reconstruction" in metadata else None
+
+    def save_states(self, states: States) -> None:
+        self._write(STATES, {key: value.contiguous() for key, value in vars(states).items()}, {})
+
+    def load_states(self) -> States | None:
+        """The calibration states, if they were made."""
+        return States(**self._read(STATES)[0]) if self.holds(STATES) else None
+
+    def remove(self) -> None:
+        """Deletes the folder: for when its blocks stand in a checkpoint."""
+        shutil.rmtree(self.directory)
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        temporary = self._file(name).with_suffix(".tmp")
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, self._file(name))
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        file = self._file(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+            return load_file(file), metadata
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error}): remove it, the next run makes it again") from error
