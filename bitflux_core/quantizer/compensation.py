@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitflux_core.ternary import TernaryWeight, least_squares
 
-DAMPING = 0.01  # of the mean variance, added to every input's: few samples must not decide where they say nothing
+DAMPING = 0.001  # of the mean variance, added to every input's: few samples must not decide where they say nothing
 SCALE_FACTORS = (0.85, 1.0, 1.15)  # of the least-squares scale, to round with; each row keeps the best
 MOST_ROUNDS = 10
 COLUMNS = 128  # rounded before their error is carried to all others in one matrix product
@@ -52,13 +52,10 @@ class Compensator:
         # C - H: how the teacher's inputs differ from the student's, as far as the student's tell.
         self.shift_KK = moments.cross_KK.div_(count).addr_(self.teacher_K, self.student_K, alpha=-1).sub_(covariance_KK)
         diagonal_K = covariance_KK.diagonal()
-        damping = DAMPING * diagonal_K.mean().clamp(min=SMALLEST)
         # Large variances first: their errors are the dear ones, and find the most columns to be carried to.
         self.order_K = diagonal_K.argsort(descending=True, stable=True)
-        self.covariance_KK = covariance_KK[self.order_K][:, self.order_K]
-        self.covariance_KK.diagonal().add_(damping)
-        self.factor_KK = torch.linalg.cholesky(self.covariance_KK)
-        self.inverse_factor_KK = torch.linalg.cholesky(torch.cholesky_inverse(self.factor_KK), upper=True)
+        ordered_KK = covariance_KK[self.order_K][:, self.order_K]
+        self.covariance_KK, self.factor_KK, self.inverse_factor_KK = _damped_factors(ordered_KK)
 
     def quantize(self, weight_NK: Tensor) -> tuple[TernaryWeight, Tensor]:
         """The layer's ternary weight, and what its bias [N] must gain."""
@@ -132,3 +129,20 @@ class Compensator:
         weighted_NK = codes_NK @ self.covariance_KK
         scale_N = (weighted_NK * target_NK).sum(1) / (weighted_NK * codes_NK).sum(1).clamp(min=SMALLEST)
         return scale_N.clamp(min=SMALLEST)
+
+
+def _damped_factors(covariance_KK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The covariance with something added to its diagonal, its lower factor, and the upper factor of its inverse.
+
+    Sums of millions of products in float32 may leave a covariance a little indefinite: then ten times more is added.
+    """
+    damping = DAMPING * covariance_KK.diagonal().mean().clamp(min=SMALLEST)
+    while True:
+        damped_KK = covariance_KK.clone()
+        damped_KK.diagonal().add_(damping)
+        factor_KK, failed = torch.linalg.cholesky_ex(damped_KK.double())
+        if not failed:
+            break
+        damping = 10 * damping
+    inverse_factor_KK = torch.linalg.cholesky(torch.cholesky_inverse(factor_KK), upper=True)
+    return damped_KK, factor_KK.float(), inverse_factor_KK.float()

@@ -98,7 +98,7 @@ def write_plot(rows: Sequence[Snr], path: Path) -> None:
     layers: dict[str, list[Snr]] = {}
     for row in (row for row in rows if row.level == "layer"):
         kind, _, layer = row.name.split(".", 2)
-        layers.setdefault(f"{kind.removesuffix('_transformer_blocks')} {layer}", []).append(row)
+        layers.setdefault(f"{'single' if kind.startswith('single') else 'double'} {layer}", []).append(row)
     for label, group in layers.items():
         x = [place[".".join(row.name.split(".")[:2])] for row in group]
         for axes, values in (

@@ -1,0 +1,105 @@
+"""Compensated codes: better than rounding where inputs are correlated, and right where they are not."""
+
+import pytest
+import torch
+
+from bitflux_core.quantizer import compensation
+from bitflux_core.quantizer.compensation import Compensator, InputMoments
+from bitflux_core.ternary import least_squares
+
+TOKENS, ROWS, COLUMNS = 2000, 24, 40
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def correlated_MK(generator):
+    """Inputs of a few strong directions, off centre, as FLUX's are."""
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator) * torch.logspace(0, -2, COLUMNS)[:, None]
+    return torch.randn(TOKENS, COLUMNS, generator=generator) @ mix + torch.randn(COLUMNS, generator=generator)
+
+
+def compensate(weight_NK, student_MK, teacher_MK):
+    moments = InputMoments(student_MK.shape[1], torch.device("cpu"))
+    for student, teacher in zip(student_MK.split(700), teacher_MK.split(700), strict=True):
+        moments.add(student, teacher)
+    return Compensator(moments).quantize(weight_NK)
+
+
+def output_error(weight_NK, ternary, shift_N, student_MK, teacher_MK):
+    mine = student_MK @ ternary.dequantize().T + shift_N
+    theirs = teacher_MK @ weight_NK.T
+    return ((mine - theirs).square().sum() / theirs.square().sum()).item()
+
+
+def test_outputs_are_kept_far_better_than_by_rounding(correlated_MK, generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    ternary, shift_N = compensate(weight_NK, correlated_MK, correlated_MK)
+    rounded = output_error(weight_NK, least_squares(weight_NK), torch.zeros(ROWS), correlated_MK, correlated_MK)
+    assert output_error(weight_NK, ternary, shift_N, correlated_MK, correlated_MK) < 0.2 * rounded
+    assert set(ternary.codes_NK.unique().tolist()) == {-1, 0, 1}
+    assert ternary.codes_NK.dtype == torch.int8
+    assert (ternary.scale_N > 0).all()
+
+
+def test_errors_of_the_inputs_are_made_up_for(correlated_MK, generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    student_MK = 0.8 * correlated_MK + 0.5  # what the layer is given is wrong in a way that its weight can mend
+    aware = compensate(weight_NK, student_MK, correlated_MK)
+    unaware = compensate(weight_NK, student_MK, student_MK)
+    error = output_error(weight_NK, *aware, student_MK, correlated_MK)
+    assert error < 0.3 * output_error(weight_NK, *unaware, student_MK, correlated_MK)
+
+
+def test_the_bias_takes_up_the_mean(correlated_MK, generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    ternary, shift_N = compensate(weight_NK, correlated_MK, correlated_MK)
+    mine = correlated_MK @ ternary.dequantize().T + shift_N
+    torch.testing.assert_close(mine.mean(0), (correlated_MK @ weight_NK.T).mean(0), rtol=1e-3, atol=1e-2)
+
+
+def test_a_weight_that_is_ternary_stays_as_it_is(correlated_MK, generator):
+    codes_NK = torch.randint(-1, 2, (ROWS, COLUMNS), generator=generator)
+    scale_N = torch.rand(ROWS, generator=generator) + 0.5
+    ternary, shift_N = compensate(codes_NK * scale_N[:, None], correlated_MK, correlated_MK)
+    assert torch.equal(ternary.codes_NK, codes_NK.to(torch.int8))
+    torch.testing.assert_close(ternary.scale_N, scale_N, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift_N, torch.zeros(ROWS), atol=1e-3, rtol=0)
+
+
+def test_blocks_of_columns_change_nothing_but_the_order_of_sums(correlated_MK, generator, monkeypatch):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    whole, _ = compensate(weight_NK, correlated_MK, correlated_MK)
+    monkeypatch.setattr(compensation, "COLUMNS", 7)
+    parts, _ = compensate(weight_NK, correlated_MK, correlated_MK)
+    assert (whole.codes_NK != parts.codes_NK).float().mean() < 0.01
+
+
+def test_fewer_samples_than_columns(generator):
+    """A modulation layer sees one vector a state: its covariance has no full rank."""
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    few_MK = torch.randn(10, COLUMNS, generator=generator)
+    ternary, shift_N = compensate(weight_NK, few_MK, few_MK)
+    assert ternary.scale_N.isfinite().all()
+    assert shift_N.isfinite().all()
+    rounded = output_error(weight_NK, least_squares(weight_NK), torch.zeros(ROWS), few_MK, few_MK)
+    assert output_error(weight_NK, ternary, shift_N, few_MK, few_MK) < rounded
+
+
+def test_inputs_that_never_vary(generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    ternary, shift_N = compensate(weight_NK, torch.ones(50, COLUMNS), torch.ones(50, COLUMNS))
+    constant = torch.ones(1, COLUMNS)
+    torch.testing.assert_close(
+        constant @ ternary.dequantize().T + shift_N, constant @ weight_NK.T, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_covariance_a_little_indefinite_is_damped_more():
+    covariance_KK = torch.diag(torch.tensor([1.0, 1.0, -0.05]))
+    damped_KK, factor_KK, inverse_factor_KK = compensation._damped_factors(covariance_KK)
+    torch.testing.assert_close(factor_KK @ factor_KK.T, damped_KK)
+    torch.testing.assert_close(inverse_factor_KK.T @ inverse_factor_KK @ damped_KK, torch.eye(3))
