@@ -1,0 +1,195 @@
+"""The whole way from a pipeline to a checkpoint: resumed alike, refused in one line, and better when trained."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitflux_core.checkpoint import load_ternary
+from bitflux_core.convert import quantize_transformer
+from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.loading import load_transformer
+from bitflux_core.quantizer import block_walk, memory
+from bitflux_core.quantizer.quantize import PLOT, TABLE, QuantizeSettings, quantize
+from bitflux_core.quantizer.snr import SCHEMA, Snr
+from bitflux_core.samples import Sampling
+
+CPU = torch.device("cpu")
+SAMPLING = Sampling(width=32, height=32, steps=4, guidance=2.0, max_sequence_length=16)
+PROMPTS = ("a photo of a circle", "a photo of a red square", "a photo of two stars", "a photo of a ring")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def settings(**changes):
+    values = {
+        "init": "compensated",
+        "prompts": PROMPTS,
+        "states_a_prompt": 2,
+        "reconstruction_steps": 0,
+        "sampling": SAMPLING,
+        "batch": 4,
+    }
+    return QuantizeSettings(**values | changes)
+
+
+def ignore(_name, _rows):
+    pass
+
+
+@pytest.fixture(scope="module")
+def lively_dir(pipeline_dir, tmp_path_factory):
+    """The tiny pipeline with larger adaLN weights: fresh ones leave the velocity almost zero."""
+    folder = tmp_path_factory.mktemp("lively") / "flux"
+    shutil.copytree(pipeline_dir, folder)
+    tensors = load_file(folder / "transformer" / WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
+    save_file(tensors, folder / "transformer" / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def broken_dir(lively_dir, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(lively_dir, tmp_path / "flux")
+    return tmp_path / "flux"
+
+
+@pytest.fixture(scope="module")
+def compensated(lively_dir, tmp_path_factory):
+    """A finished compensated checkpoint."""
+    output = tmp_path_factory.mktemp("made") / "twin"
+    quantize(lively_dir, output, settings(), CPU, ignore)
+    return output
+
+
+def blocks(folder):
+    table = pq.read_table(folder / TABLE).to_pylist()
+    return {row["name"]: row["output_snr_db"] for row in table if row["level"] == "block"}
+
+
+def test_the_checkpoint_loads_with_its_table_and_plot(compensated, lively_dir):
+    transformer = load_ternary(compensated, dtype=torch.float32, device="cpu")
+    layers = block_linears(transformer)
+    assert all(isinstance(layer, TernaryLinear) for layer in layers.values())
+    assert not compensated.with_name("twin.partial").exists()
+    assert (compensated / PLOT).stat().st_size > 1000
+    table = pq.read_table(compensated / TABLE)
+    assert table.schema.equals(SCHEMA)
+    rows = [Snr(**row) for row in table.to_pylist()]
+    assert {row.name for row in rows if row.level == "layer"} == layers.keys()
+    assert [row.name for row in rows if row.level == "block"] == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    teacher = load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
+    for row in (row for row in rows if row.level == "layer"):
+        weight, ternary = teacher.get_parameter(f"{row.name}.weight"), layers[row.name].dequantize()
+        expected = 10 * torch.log10(weight.square().sum() / (weight - ternary).square().sum())
+        assert row.weight_snr_db == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_compensation_gains_decibels_at_every_block(compensated, lively_dir, tmp_path):
+    quantize(lively_dir, tmp_path / "twin", settings(init="least-squares"), CPU, ignore)
+    plain, better = blocks(tmp_path / "twin"), blocks(compensated)
+    assert all(better[name] > plain[name] + 3 for name in plain)
+
+
+@pytest.mark.parametrize("init", ["least-squares", "absmean"])
+def test_rounding_needs_no_calibration_and_equals_conversion(init, lively_dir, tmp_path):
+    quantize(lively_dir, tmp_path / "twin", settings(init=init, prompts=()), CPU, ignore)
+    made = load_ternary(tmp_path / "twin", dtype=torch.float32, device="cpu")
+    expected = load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
+    quantize_transformer(expected, init.replace("-", "_"))
+    for name, layer in block_linears(expected).items():
+        assert torch.equal(made.get_submodule(name).packed, layer.packed)
+        assert torch.equal(made.get_submodule(name).scale, layer.scale)
+    assert set(blocks(tmp_path / "twin").values()) == {None}
+
+
+def test_a_killed_run_goes_on_to_the_same_codes(lively_dir, tmp_path, monkeypatch):
+    training = settings(reconstruction_steps=3)
+    quantize(lively_dir, tmp_path / "whole", training, CPU, ignore)
+
+    def die(name, _rows):
+        raise KeyboardInterrupt(name)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^transformer_blocks.0"):
+        quantize(lively_dir, tmp_path / "resumed", training, CPU, die)
+    begun, inner = [], block_walk._quantize_block
+    monkeypatch.setattr(block_walk, "_quantize_block", lambda name, *rest: begun.append(name) or inner(name, *rest))
+    quantize(lively_dir, tmp_path / "resumed", training, CPU, ignore)
+    assert begun == ["single_transformer_blocks.0"]
+    whole, resumed = load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "resumed" / WEIGHTS)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_training_brings_each_block_nearer_to_the_teachers(lively_dir, compensated, tmp_path, capsys):
+    quantize(lively_dir, tmp_path / "twin", settings(reconstruction_steps=60), CPU, ignore)
+    plain, trained = blocks(compensated), blocks(tmp_path / "twin")
+    assert all(trained[name] > plain[name] + 0.3 for name in plain)
+    assert "of the codes flipped" in capsys.readouterr().out
+
+
+def test_work_of_another_recipe_is_refused_and_left(lively_dir, tmp_path):
+    def die(_name, _rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(lively_dir, tmp_path / "twin", settings(), CPU, die)
+    before = sorted((tmp_path / "twin.partial").iterdir())
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0, not 1\)"):
+        quantize(lively_dir, tmp_path / "twin", settings(seed=1), CPU, ignore)
+    assert sorted((tmp_path / "twin.partial").iterdir()) == before
+
+
+def test_compensation_without_prompts_is_refused(lively_dir, tmp_path):
+    with pytest.raises(UserError, match="need calibration prompts"):
+        quantize(lively_dir, tmp_path / "twin", settings(prompts=()), CPU, ignore)
+
+
+def change_config(folder, **changes):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"_class_name": "UNet2DModel"}, "holds UNet2DModel"), ({"bitflux": {}}, "ternary already")],
+)
+def test_a_model_that_is_no_full_precision_flux_is_refused(broken_dir, tmp_path, changes, problem):
+    change_config(broken_dir, **changes)
+    with pytest.raises(UserError, match=problem):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_a_missing_weight_is_named(broken_dir, tmp_path):
+    file = broken_dir / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["transformer_blocks.0.attn.to_q.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"lacks tensor transformer_blocks.0.attn.to_q.weight"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_a_weight_that_is_not_finite_is_named(broken_dir, tmp_path):
+    file = broken_dir / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors["single_transformer_blocks.0.proj_out.weight"][0, 0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"single_transformer_blocks.0.proj_out.weight holds values that are not finite"
+    ):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_too_little_gpu_memory_is_said_with_the_figure(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10_000_000_000, 80_000_000_000))
+    with pytest.raises(UserError, match=r"about 34\.5 GB of GPU memory, 10\.0 GB are free"):
+        memory.check_memory(34_500_000_000, torch.device("cuda"))
+    memory.check_memory(9_000_000_000, torch.device("cuda"))
