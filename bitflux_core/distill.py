@@ -25,6 +25,8 @@ from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
+from kernels.packing import unpack_planes
+from kernels.reference import INT8_MAX
 
 ENCODE_BATCH = 512
 MARGIN = 0.49  # from a code to a latent that still rounds to it
@@ -42,6 +44,7 @@ class DistillSettings:
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
     own_states: float = 0.5  # share of the slots that the student carries along itself, reached after a third
+    int8_activations: bool = False  # the student sees its inputs rounded as `ternary-int8` rounds them
     seed: int = 0
 
 
@@ -75,9 +78,12 @@ def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens:
 class LatentTernaryLinear(nn.Module):
     """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through."""
 
-    def __init__(self, linear: nn.Linear | TernaryLinear, start: TernaryWeight | None = None):
+    def __init__(
+        self, linear: nn.Linear | TernaryLinear, start: TernaryWeight | None = None, int8_activations: bool = False
+    ):
         """Starts at the linear's own bias and at `start`, or least squares."""
         super().__init__()
+        self.int8_activations = int8_activations
         if isinstance(linear, TernaryLinear):
             raise UserError("the teacher is ternary already: distil from a full-precision transformer")
         ternary = start or least_squares(linear.weight)
@@ -96,6 +102,8 @@ class LatentTernaryLinear(nn.Module):
         return self.latent.round().clamp(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.int8_activations:
+            x = x + (_rounded_to_int8(x) - x).detach()
         codes_NK = self.latent + (self.codes() - self.latent).detach()
         return F.linear(x, codes_NK * self.log_scale.exp()[:, None], self.bias)
 
@@ -103,11 +111,30 @@ class LatentTernaryLinear(nn.Module):
         return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu())
 
 
-def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A float32 copy of the teacher whose block linears are latent ternary, started at least squares."""
+def _rounded_to_int8(x: Tensor) -> Tensor:
+    """Every token's values on the 255 levels between plus and minus its largest magnitude."""
+    step = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-30) / INT8_MAX
+    return (x / step).round() * step
+
+
+def make_student(
+    teacher: FluxTransformer2DModel, start: FluxTransformer2DModel | None = None, int8_activations: bool = False
+) -> FluxTransformer2DModel:
+    """A float32 copy of the teacher whose block linears are latent ternary, started at least squares.
+
+    With `start`, a ternary transformer of the same sizes, at its codes, scales, biases and all else that it has.
+    """
     student = copy.deepcopy(teacher).float()
+    if start is not None:
+        student.load_state_dict(start.state_dict(), strict=False)  # its codes and scales are taken below
     for name, linear in block_linears(student).items():
-        student.set_submodule(name, LatentTernaryLinear(linear))
+        weight = None
+        if start is not None:
+            layer = start.get_submodule(name)
+            assert isinstance(layer, TernaryLinear)
+            codes_NK = unpack_planes(layer.packed, layer.in_features)
+            weight = TernaryWeight(codes_NK.to(student.device), layer.scale.to(student.device))
+        student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations))
     return student.train().requires_grad_(True)
 
 
@@ -133,11 +160,13 @@ class Distiller:
         conditions: Conditions,
         settings: DistillSettings,
         device: torch.device,
+        start: FluxTransformer2DModel | None = None,
     ):
+        """`start` is the ternary transformer to train on; None starts at least squares."""
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, device
         self.teacher = copy.deepcopy(teacher).to(device).float().eval().requires_grad_(False)
-        self.student = make_student(self.teacher).to(device)
+        self.student = make_student(self.teacher, start, settings.int8_activations).to(device)
         self.start_codes = [layer.codes().to(torch.int8) for layer in self._latent_layers()]
         if device.type == "cuda":
             self.teacher.compile_repeated_blocks()

@@ -57,10 +57,13 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """How every block is quantized; `reconstruction` None leaves it as initialised."""
+    """How every block is quantized: without `reconstruction` it stays as initialised, without `modulation` the layers
+    that make scales and shifts of the embeddings keep their full weights.
+    """
 
     init: Init
     reconstruction: ReconstructionSettings | None = None
+    modulation: bool = True
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
@@ -122,7 +125,7 @@ def _quantize_block(
     """The ternary block's tensors, as `assemble` takes them, on the CPU."""
     student = copy.deepcopy(teacher)
     weights: dict[str, TernaryWeight] = {}
-    for stage in STAGES[name.split(".")[0]]:
+    for stage in STAGES[name.split(".")[0]][0 if settings.modulation else 1 :]:
         if settings.init == "compensated":
             ternaries = _compensated_stage(stage, teacher, student, teacher_streams, student_streams)
         else:

@@ -69,27 +69,26 @@ def quantize(
     check_unused(output)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
-    side = (settings.sampling.height // PIXELS_PER_TOKEN, settings.sampling.width // PIXELS_PER_TOKEN)
     required = required_bytes(
         source.empty,
         states=len(settings.prompts) * settings.states_a_prompt,
         batch=settings.batch,
-        tokens=side[0] * side[1] + settings.sampling.max_sequence_length,
+        tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
         compensated=settings.init == "compensated",
         trained=settings.reconstruction_steps > 0,
         dtype=dtype,
     )
     check_memory(required, device)
-    provenance = _provenance(pipeline_dir, settings)
+    provenance = provenance_of(pipeline_dir, settings)
     recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
-    calibration = _calibrate(source, pipeline_dir, settings, side, work) if settings.prompts else None
+    calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
     reconstruction = None
     if settings.reconstruction_steps:
         reconstruction = ReconstructionSettings(settings.reconstruction_steps, seed=settings.seed)
     quantize_blocks(source, calibration, WalkSettings(settings.init, reconstruction), work, report)
 
-    transformer = _collect(source, work)
+    transformer = collect(source, work)
     rows = [row for name in source.names for row in work.load(name)[1]]
     made = work.directory / "checkpoint"
     shutil.rmtree(made, ignore_errors=True)  # of a run that was killed while it wrote
@@ -119,7 +118,7 @@ def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, dev
     )
 
 
-def _provenance(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
+def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
     """What decides the codes, in plain values."""
     prompts = hashlib.sha256(json.dumps(settings.prompts).encode()).hexdigest()[:16] if settings.prompts else None
     return {
@@ -135,9 +134,8 @@ def _provenance(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
     }
 
 
-def _calibrate(
-    source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, side: tuple[int, int], work: WorkFolder
-) -> CalibrationSet:
+def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, work: WorkFolder) -> CalibrationSet:
+    """The calibration states that `work` holds, or new ones, which it then holds. UserError without a scheduler."""
     conditions = encode(pipeline_dir, settings.prompts, settings.sampling, source.device)
     calibration = Calibration(conditions, settings.sampling.guidance, settings.batch)
     states = work.load_states()
@@ -147,22 +145,27 @@ def _calibrate(
         except (OSError, ValueError) as error:
             problem = " ".join(str(error).split())
             raise UserError(f"{pipeline_dir} holds no scheduler ({problem}): copy the model again") from error
-        sigmas = sampler_sigmas(scheduler, settings.sampling.steps, side[0] * side[1], torch.device("cpu"))
+        sigmas = sampler_sigmas(scheduler, settings.sampling.steps, len(conditions.image_ids_L3), torch.device("cpu"))
         states = calibration.trajectories(source, sigmas, settings.states_a_prompt, settings.seed)
         work.save_states(states)
     return CalibrationSet(calibration, states)
 
 
-def _collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
-    """The ternary transformer on the CPU, from the finished blocks and the teacher's rest."""
+def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
+    """The transformer on the CPU, from the finished blocks and the teacher's rest: ternary where the blocks are."""
     transformer = empty_transformer(source.config)
-    with torch.device("meta"):
-        for name, linear in block_linears(transformer).items():
-            layer = TernaryLinear(linear.in_features, linear.out_features, linear.bias is not None)
-            transformer.set_submodule(name, layer)
     state = {key: tensor.cpu() for key, tensor in source.outside.state_dict().items()}
     for name in source.names:
         tensors, _ = work.load(name)
         state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    with torch.device("meta"):
+        for name, linear in block_linears(transformer).items():
+            if f"{name}.packed" in state:
+                layer = TernaryLinear(linear.in_features, linear.out_features, linear.bias is not None)
+                transformer.set_submodule(name, layer)
     transformer.load_state_dict(state, assign=True)
     return transformer.eval().requires_grad_(False)
+
+
+def _image_tokens(sampling: Sampling) -> int:
+    return (sampling.height // PIXELS_PER_TOKEN) * (sampling.width // PIXELS_PER_TOKEN)

@@ -15,44 +15,15 @@ from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer import block_walk, memory
-from bitflux_core.quantizer.quantize import PLOT, TABLE, QuantizeSettings, quantize
+from bitflux_core.quantizer.quantize import PLOT, TABLE, quantize
 from bitflux_core.quantizer.snr import SCHEMA, Snr
-from bitflux_core.samples import Sampling
 
 CPU = torch.device("cpu")
-SAMPLING = Sampling(width=32, height=32, steps=4, guidance=2.0, max_sequence_length=16)
-PROMPTS = ("a photo of a circle", "a photo of a red square", "a photo of two stars", "a photo of a ring")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def settings(**changes):
-    values = {
-        "init": "compensated",
-        "prompts": PROMPTS,
-        "states_a_prompt": 2,
-        "reconstruction_steps": 0,
-        "sampling": SAMPLING,
-        "batch": 4,
-    }
-    return QuantizeSettings(**values | changes)
 
 
 def ignore(_name, _rows):
     pass
-
-
-@pytest.fixture(scope="module")
-def lively_dir(pipeline_dir, tmp_path_factory):
-    """The tiny pipeline with larger adaLN weights: fresh ones leave the velocity almost zero."""
-    folder = tmp_path_factory.mktemp("lively") / "flux"
-    shutil.copytree(pipeline_dir, folder)
-    tensors = load_file(folder / "transformer" / WEIGHTS)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
-    save_file(tensors, folder / "transformer" / WEIGHTS, {"format": "pt"})
-    return folder
 
 
 @pytest.fixture
@@ -63,7 +34,7 @@ def broken_dir(lively_dir, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def compensated(lively_dir, tmp_path_factory):
+def compensated(lively_dir, settings, tmp_path_factory):
     """A finished compensated checkpoint."""
     output = tmp_path_factory.mktemp("made") / "twin"
     quantize(lively_dir, output, settings(), CPU, ignore)
@@ -93,14 +64,14 @@ def test_the_checkpoint_loads_with_its_table_and_plot(compensated, lively_dir):
         assert row.weight_snr_db == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_compensation_gains_decibels_at_every_block(compensated, lively_dir, tmp_path):
+def test_compensation_gains_decibels_at_every_block(settings, compensated, lively_dir, tmp_path):
     quantize(lively_dir, tmp_path / "twin", settings(init="least-squares"), CPU, ignore)
     plain, better = blocks(tmp_path / "twin"), blocks(compensated)
     assert all(better[name] > plain[name] + 3 for name in plain)
 
 
 @pytest.mark.parametrize("init", ["least-squares", "absmean"])
-def test_rounding_needs_no_calibration_and_equals_conversion(init, lively_dir, tmp_path):
+def test_rounding_needs_no_calibration_and_equals_conversion(settings, init, lively_dir, tmp_path):
     quantize(lively_dir, tmp_path / "twin", settings(init=init, prompts=()), CPU, ignore)
     made = load_ternary(tmp_path / "twin", dtype=torch.float32, device="cpu")
     expected = load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
@@ -111,7 +82,7 @@ def test_rounding_needs_no_calibration_and_equals_conversion(init, lively_dir, t
     assert set(blocks(tmp_path / "twin").values()) == {None}
 
 
-def test_a_killed_run_goes_on_to_the_same_codes(lively_dir, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_codes(settings, lively_dir, tmp_path, monkeypatch):
     training = settings(reconstruction_steps=3)
     quantize(lively_dir, tmp_path / "whole", training, CPU, ignore)
 
@@ -129,14 +100,14 @@ def test_a_killed_run_goes_on_to_the_same_codes(lively_dir, tmp_path, monkeypatc
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_training_brings_each_block_nearer_to_the_teachers(lively_dir, compensated, tmp_path, capsys):
+def test_training_brings_each_block_nearer_to_the_teachers(settings, lively_dir, compensated, tmp_path, capsys):
     quantize(lively_dir, tmp_path / "twin", settings(reconstruction_steps=60), CPU, ignore)
     plain, trained = blocks(compensated), blocks(tmp_path / "twin")
     assert all(trained[name] > plain[name] + 0.3 for name in plain)
     assert "of the codes flipped" in capsys.readouterr().out
 
 
-def test_work_of_another_recipe_is_refused_and_left(lively_dir, tmp_path):
+def test_work_of_another_recipe_is_refused_and_left(settings, lively_dir, tmp_path):
     def die(_name, _rows):
         raise KeyboardInterrupt
 
@@ -148,7 +119,7 @@ def test_work_of_another_recipe_is_refused_and_left(lively_dir, tmp_path):
     assert sorted((tmp_path / "twin.partial").iterdir()) == before
 
 
-def test_compensation_without_prompts_is_refused(lively_dir, tmp_path):
+def test_compensation_without_prompts_is_refused(settings, lively_dir, tmp_path):
     with pytest.raises(UserError, match="need calibration prompts"):
         quantize(lively_dir, tmp_path / "twin", settings(prompts=()), CPU, ignore)
 
@@ -162,13 +133,13 @@ def change_config(folder, **changes):
     ("changes", "problem"),
     [({"_class_name": "UNet2DModel"}, "holds UNet2DModel"), ({"bitflux": {}}, "ternary already")],
 )
-def test_a_model_that_is_no_full_precision_flux_is_refused(broken_dir, tmp_path, changes, problem):
+def test_a_model_that_is_no_full_precision_flux_is_refused(settings, broken_dir, tmp_path, changes, problem):
     change_config(broken_dir, **changes)
     with pytest.raises(UserError, match=problem):
         quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
 
 
-def test_a_missing_weight_is_named(broken_dir, tmp_path):
+def test_a_missing_weight_is_named(settings, broken_dir, tmp_path):
     file = broken_dir / "transformer" / WEIGHTS
     tensors = load_file(file)
     del tensors["transformer_blocks.0.attn.to_q.weight"]
@@ -177,7 +148,7 @@ def test_a_missing_weight_is_named(broken_dir, tmp_path):
         quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
 
 
-def test_a_weight_that_is_not_finite_is_named(broken_dir, tmp_path):
+def test_a_weight_that_is_not_finite_is_named(settings, broken_dir, tmp_path):
     file = broken_dir / "transformer" / WEIGHTS
     tensors = load_file(file)
     tensors["single_transformer_blocks.0.proj_out.weight"][0, 0] = float("inf")

@@ -1,0 +1,177 @@
+"""The ablation: one ternary transformer for every step of the method, and for what the method leaves out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from bitflux_core.accounting import BF16_BYTES, SCALE_BYTES
+from bitflux_core.distill import Distiller, DistillSettings
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.loading import load_transformer
+from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
+from bitflux_core.quantizer.blocks import BlockSource
+from bitflux_core.quantizer.quantize import QuantizeSettings, calibrate, collect, provenance_of
+from bitflux_core.quantizer.reconstruction import ReconstructionSettings
+from bitflux_core.quantizer.work import WorkFolder
+from bitflux_core.ternary import least_squares
+from bitflux_core.training import use_fast_math
+from kernels.packing import packed_width
+from kernels.reference import Activations
+
+GROUP = 64  # columns that share a scale in the row with groups
+OWN_STATES = 0.5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row. `distilled` trains end to end on velocity; `group` puts a scale on every so many columns of a row."""
+
+    name: str
+    init: Init = "compensated"
+    group: int | None = None
+    modulation: bool = True
+    reconstructed: bool = False
+    distilled: bool = False
+    own_states: float = 0.0
+    int8_in_training: bool = False
+    activations: Activations = "native"
+
+
+VARIANTS = (
+    Variant("absmean", init="absmean"),
+    Variant("least squares", init="least-squares"),
+    Variant("least squares in groups of 64", init="least-squares", group=GROUP),
+    Variant("least squares with bf16 modulation", init="least-squares", modulation=False),
+    Variant("+ compensation"),
+    Variant("+ compensation with bf16 modulation", modulation=False),
+    Variant("+ block-wise", reconstructed=True),
+    Variant("+ end to end", reconstructed=True, distilled=True),
+    Variant("+ own-state rollouts", reconstructed=True, distilled=True, own_states=OWN_STATES),
+    Variant(
+        "+ own-state rollouts drawn in int8",
+        reconstructed=True,
+        distilled=True,
+        own_states=OWN_STATES,
+        activations="int8",
+    ),
+    Variant(
+        "+ int8 in the loop drawn in int8",
+        reconstructed=True,
+        distilled=True,
+        own_states=OWN_STATES,
+        int8_in_training=True,
+        activations="int8",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TrainingBudget:
+    """Of the trained rows: steps a block, steps end to end or the seconds that replace them, and states at once."""
+
+    reconstruction_steps: int
+    distill_steps: int
+    distill_seconds: float | None
+    batch: int
+
+
+class Ablation:
+    """Makes the variants of the pipeline in `pipeline_dir`; blocks under way lie in `directory`.
+
+    `settings` give calibration, sampling and seed; each variant says the rest. UserError as for `quantize`.
+    """
+
+    def __init__(
+        self,
+        pipeline_dir: Path,
+        directory: Path,
+        settings: QuantizeSettings,
+        budget: TrainingBudget,
+        device: torch.device,
+    ):
+        self.pipeline_dir, self.directory = pipeline_dir, directory
+        self.settings, self.budget, self.device = settings, budget, device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.source = BlockSource(pipeline_dir / "transformer", device, dtype)
+        self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget)}
+        self.calibration: CalibrationSet = calibrate(
+            self.source, pipeline_dir, settings, WorkFolder(directory / "calibration", self.recipe)
+        )
+        self._trained: tuple[DistillSettings, FluxTransformer2DModel] | None = None
+        if device.type == "cuda":
+            use_fast_math()
+
+    def teacher(self) -> FluxTransformer2DModel:
+        """In float32, on the CPU."""
+        return load_transformer(
+            "bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device="cpu", dtype=torch.float32
+        )
+
+    def transformer(self, variant: Variant) -> FluxTransformer2DModel:
+        """The variant's transformer on the CPU, ready to draw."""
+        if variant.group:
+            return _grouped(self.teacher(), variant.group)
+        transformer = self._initialised(variant)
+        if variant.distilled:
+            transformer = self._distilled(variant, transformer)
+        for layer in block_linears(transformer).values():
+            if isinstance(layer, TernaryLinear):
+                layer.activations = variant.activations
+        return transformer
+
+    def storage_bytes(self, variant: Variant) -> int:
+        """Bytes of the variant's tensors as stored: 2-bit codes, float32 scales, all else in bf16."""
+        empty = self.source.empty
+        stored = BF16_BYTES * sum(parameter.numel() for parameter in empty.parameters())
+        for name, layer in block_linears(empty).items():
+            if _is_modulation(name) and not variant.modulation:
+                continue
+            columns, rows = layer.in_features, layer.out_features
+            scales = -(-columns // variant.group) if variant.group else 1
+            stored += rows * (packed_width(columns) + SCALE_BYTES * scales - BF16_BYTES * columns)
+        return stored
+
+    def _initialised(self, variant: Variant) -> FluxTransformer2DModel:
+        steps = self.budget.reconstruction_steps if variant.reconstructed else 0
+        training = ReconstructionSettings(steps, seed=self.settings.seed) if steps else None
+        how = WalkSettings(variant.init, training, variant.modulation)
+        folder = f"{variant.init}{'-trained' if steps else ''}{'' if variant.modulation else '-bf16-modulation'}"
+        work = WorkFolder(self.directory / folder, self.recipe)
+        quantize_blocks(self.source, self.calibration, how, work)
+        return collect(self.source, work)
+
+    def _distilled(self, variant: Variant, start: FluxTransformer2DModel) -> FluxTransformer2DModel:
+        """Rows that differ only in how they draw share one training."""
+        how = DistillSettings(
+            steps=self.budget.distill_steps,
+            batch=self.budget.batch,
+            sampler_steps=self.settings.sampling.steps,
+            guidance=self.settings.sampling.guidance,
+            own_states=variant.own_states,
+            int8_activations=variant.int8_in_training,
+            seed=self.settings.seed,
+        )
+        if self._trained is None or self._trained[0] != how:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
+            conditions = self.calibration.calibration.conditions
+            distiller = Distiller(self.teacher(), scheduler, conditions, how, self.device, start)
+            self._trained = how, distiller.run(self.budget.distill_seconds)
+        return self._trained[1]
+
+
+def _is_modulation(name: str) -> bool:
+    return name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear"))
+
+
+@torch.no_grad()
+def _grouped(transformer: FluxTransformer2DModel, group: int) -> FluxTransformer2DModel:
+    """Plain linears that hold ternary weights with a least-squares scale for every `group` columns of a row."""
+    for linear in block_linears(transformer).values():
+        assert isinstance(linear, nn.Linear)
+        parts: list[Tensor] = [least_squares(part).dequantize() for part in linear.weight.split(group, dim=1)]
+        linear.weight.copy_(torch.cat(parts, dim=1))
+    return transformer

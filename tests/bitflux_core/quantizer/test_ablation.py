@@ -1,0 +1,73 @@
+"""The ablation's variants: each differs from its neighbour in what it says, and each draws."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from bitflux_core.accounting import size_report
+from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
+
+BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=3, distill_seconds=None, batch=4)
+NAMED = {variant.name: variant for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def ablation(lively_dir, settings, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ablation")
+    return Ablation(lively_dir, directory, settings(), BUDGET, torch.device("cpu"))
+
+
+def test_modulation_stays_full_precision_where_the_row_says_so(ablation):
+    variant = NAMED["+ compensation with bf16 modulation"]
+    layers = block_linears(ablation.transformer(variant))
+    dense = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    assert dense == {name for name in layers if "norm" in name}
+    teacher = ablation.teacher()
+    assert all(torch.equal(layers[name].weight, teacher.get_parameter(f"{name}.weight")) for name in dense)
+    assert ablation.storage_bytes(variant) > ablation.storage_bytes(NAMED["+ compensation"])
+
+
+def test_storage_is_that_of_the_accounting(ablation):
+    assert ablation.storage_bytes(NAMED["+ compensation"]) == size_report(ablation.source.empty).storage_bytes
+
+
+def test_group_scales_fit_the_weights_better_and_take_more_room(ablation):
+    variant = replace(NAMED["least squares in groups of 64"], group=8)
+    grouped, rows = ablation.transformer(variant), ablation.transformer(NAMED["least squares"])
+    for name, linear in block_linears(ablation.teacher()).items():
+        noise = (linear.weight - grouped.get_parameter(f"{name}.weight")).square().sum()
+        row = rows.get_submodule(name)
+        assert isinstance(row, TernaryLinear)
+        assert noise < (linear.weight - row.dequantize()).square().sum()
+    assert ablation.storage_bytes(variant) > ablation.storage_bytes(NAMED["least squares"])
+
+
+def test_training_end_to_end_goes_on_from_the_blocks(ablation, monkeypatch):
+    """With rates of zero the distilled transformer is the one that it started from, biases included."""
+    start = ablation.transformer(NAMED["+ block-wise"])
+    monkeypatch.setattr("bitflux_core.distill.warmup_then_cosine", lambda *_: 0.0)
+    trained = ablation._distilled(NAMED["+ end to end"], start)
+    for name, layer in block_linears(trained).items():
+        before = start.get_submodule(name)
+        assert torch.equal(layer.packed, before.packed)
+        torch.testing.assert_close(layer.scale, before.scale)
+        torch.testing.assert_close(layer.bias, before.bias)
+    ablation._trained = None
+
+
+def test_rows_that_only_draw_otherwise_share_a_training(ablation):
+    native, int8 = NAMED["+ own-state rollouts"], NAMED["+ own-state rollouts drawn in int8"]
+    first = ablation.transformer(native)
+    assert ablation.transformer(int8) is first
+    assert {layer.activations for layer in block_linears(first).values()} == {"int8"}
+    assert ablation.transformer(NAMED["+ int8 in the loop drawn in int8"]) is not first
+
+
+def test_other_options_are_refused_in_the_same_folder(ablation, lively_dir, settings):
+    with pytest.raises(UserError, match="another recipe"):
+        Ablation(lively_dir, ablation.directory, settings(seed=5), BUDGET, torch.device("cpu"))
