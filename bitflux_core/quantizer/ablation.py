@@ -19,7 +19,7 @@ from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import least_squares
 from bitflux_core.training import use_fast_math
-from kernels.packing import packed_width
+from kernels.packing import codes_bytes
 from kernels.reference import Activations
 
 GROUP = 64  # columns that share a scale in the row with groups
@@ -124,7 +124,7 @@ class Ablation:
         return transformer
 
     def storage_bytes(self, variant: Variant) -> int:
-        """Bytes of the variant's tensors as stored: 2-bit codes, float32 scales, all else in bf16."""
+        """Bytes of the variant's tensors as stored: five codes a byte, float32 scales, all else in bf16."""
         empty = self.source.empty
         stored = BF16_BYTES * sum(parameter.numel() for parameter in empty.parameters())
         for name, layer in block_linears(empty).items():
@@ -132,7 +132,7 @@ class Ablation:
                 continue
             columns, rows = layer.in_features, layer.out_features
             scales = -(-columns // variant.group) if variant.group else 1
-            stored += rows * (packed_width(columns) + SCALE_BYTES * scales - BF16_BYTES * columns)
+            stored += codes_bytes("trits", rows, columns) + rows * (SCALE_BYTES * scales - BF16_BYTES * columns)
         return stored
 
     def _initialised(self, variant: Variant) -> FluxTransformer2DModel:
