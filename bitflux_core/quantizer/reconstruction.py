@@ -23,7 +23,7 @@ class ReconstructionSettings:
     """Steps a block, each on one calibration batch. Latent weights are in units of their row's scale."""
 
     steps: int
-    latent_lr: float = 1e-3
+    latent_lr: float = 5e-3
     scale_lr: float = 5e-4
     other_lr: float = 2e-4
     seed: int = 0
