@@ -1,5 +1,6 @@
 """On what an actor computes. Heavy imports stay inside functions here and in the actors: the driver needs none."""
 
+import gc
 import os
 import socket
 
@@ -25,6 +26,15 @@ def claim_device() -> str:
 
     torch.set_num_threads(1)
     return "cpu"
+
+
+def free_memory(device: str) -> None:
+    """Hands back what nothing refers to any more, the CUDA allocator's reserve included."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def device_name(device: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.device import claim_device
+from cluster.faults import poisoned_process_ends
 from cluster.plan import ShardKey
 from cluster.rows import ScoredImage
 from cluster.store import ResultStore
@@ -54,7 +55,8 @@ class EvaluatorActor:
         Raises StorageError where an image cannot be written.
         """
         evaluator = self._evaluators[key.benchmark]
-        scores = evaluator.score(list(images), [image.metadata for image in wanted])
+        with poisoned_process_ends():
+            scores = evaluator.score(list(images), [image.metadata for image in wanted])
         scored = []
         for image, score, pixels in zip(wanted, scores, images, strict=True):
             digest = pixel_digest(pixels)

@@ -6,7 +6,7 @@ plan's batches: the places of samples that it leaves out hold padding, so its im
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from bitflux_core.samples import Sample
@@ -16,12 +16,13 @@ from cluster.plan import Shard
 @dataclass(frozen=True)
 class Piece:
     """Some samples of one shard, by ascending position. `tries` counts this piece's failures, `attempts` also those of
-    the pieces that it was cut from."""
+    the pieces that it was cut from, `excused` those that were the machine's fault."""
 
     shard: Shard
     positions: tuple[int, ...]
     tries: int = 0
     attempts: int = 0
+    excused: int = 0
 
     @property
     def samples(self) -> list[Sample]:
@@ -89,13 +90,15 @@ def padded_batches(piece: Piece, batch_size: int) -> tuple[list[str], tuple[Draw
 
 
 class PieceQueue:
-    """What is still to be drawn, by variant. Replicas pull from it; pieces that failed come back at the end."""
+    """What is still to be drawn, by variant, the longest first. Replicas pull from it; pieces that failed come back at
+    the end."""
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         self._waiting: dict[str, deque[Piece]] = {}
         self._arrived = asyncio.Event()
-        self._closed = False
-        for shard in shards:
+        self.closed = False
+        # The longest first, so that the short ones even out the end of the run.
+        for shard in sorted(shards, key=lambda shard: -shard.expected_s):
             self.put(Piece(shard, tuple(range(len(shard.samples)))))
 
     def put(self, piece: Piece) -> None:
@@ -105,18 +108,27 @@ class PieceQueue:
 
     def close(self) -> None:
         """Ends every waiting and later `take`."""
-        self._closed = True
+        self.closed = True
         self._arrived.set()
 
-    async def take(self, preferred: str, leave: int = 0) -> Piece | None:
+    def neediest(self, replicas: Mapping[str, int]) -> str:
+        """The variant with the most pieces waiting for each replica that draws it, itself and one more counted."""
+        return max(self._waiting, key=lambda variant: len(self._waiting[variant]) / (1 + replicas.get(variant, 0)))
+
+    async def take(self, preferred: str, leave: int = 0, patience_s: float | None = None) -> Piece | None:
         """The next piece of the `preferred` variant, else of the variant with the most left. None once closed.
 
-        Waits while no more than `leave` pieces are there: for others to take, or because one in hand may come back.
+        Waits while no more than `leave` pieces are there: for others to take, or because one in hand may come back;
+        None after `patience_s` of that.
         """
-        while not self._closed:
-            if sum(map(len, self._waiting.values())) > leave:
-                pieces = self._waiting.get(preferred) or max(self._waiting.values(), key=len)
-                return pieces.popleft()
-            self._arrived.clear()
-            await self._arrived.wait()
+        try:
+            async with asyncio.timeout(patience_s):
+                while not self.closed:
+                    if sum(map(len, self._waiting.values())) > leave:
+                        pieces = self._waiting.get(preferred) or max(self._waiting.values(), key=len)
+                        return pieces.popleft()
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
         return None

@@ -1,7 +1,8 @@
 """The plan: every image to draw, its shard and its fixed batch, decided before any worker starts.
 
-The samples of a benchmark are cut into batches, and the batches into shards, in the same way for every variant; the
-workers' number or speed changes nothing. The plan's digest names the run: equal digests mean equal results.
+The samples of a benchmark are cut into batches, and the batches into shards of like duration, in the same way for every
+variant. Durations are those that the profile declares: the workers' number or real speed changes nothing. The plan's
+digest names the run: equal digests mean equal results.
 """
 
 import hashlib
@@ -18,7 +19,10 @@ from cluster.profile import Profile
 from cluster.workload import PromptRecord, Workload
 
 # Part of the digest: raise it where the same declarations begin to mean different work.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+
+# A shard's images travel from replica to evaluator as one object of Ray's store.
+MOST_SHARD_BYTES = 256_000_000
 
 T = TypeVar("T")
 
@@ -36,10 +40,14 @@ class ShardKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """The images of one result file. Every batch is full but for the last one of its benchmark."""
+    """The images of one result file. Every batch is full but for the last one of its benchmark.
+
+    `expected_s`: seconds to draw and score them at the cost that the profile declares.
+    """
 
     key: ShardKey
     batches: tuple[tuple[Sample, ...], ...]
+    expected_s: float
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -56,6 +64,7 @@ class PlannedWorkload:
     seed: int
     images_per_prompt: int
     source_digest: str
+    batches_per_shard: int
     prompts: dict[int, PromptRecord]
 
     @cached_property
@@ -73,7 +82,6 @@ class Plan:
     sampling: Sampling
     dtype: str
     batch_size: int
-    batches_per_shard: int
     workloads: dict[str, PlannedWorkload]
     shards: tuple[Shard, ...]
     fingerprints: dict[str, str] | None
@@ -90,9 +98,9 @@ class Plan:
                 "variants": sorted(self.variants),
                 "sampling": asdict(self.sampling),
                 "dtype": self.dtype,
-                "batches": [self.batch_size, self.batches_per_shard],
+                "batch_size": self.batch_size,
                 "workloads": sorted(
-                    [w.name, w.evaluator, w.seed, w.images_per_prompt, w.prompts_digest]
+                    [w.name, w.evaluator, w.seed, w.images_per_prompt, w.batches_per_shard, w.prompts_digest]
                     for w in self.workloads.values()
                 ),
                 "fingerprints": self.fingerprints,
@@ -135,7 +143,6 @@ class Plan:
             "sampling": asdict(self.sampling),
             "dtype": self.dtype,
             "batch_size": self.batch_size,
-            "batches_per_shard": self.batches_per_shard,
             "images": self.n_samples,
             "shards": len(self.shards),
             "benchmarks": [
@@ -145,6 +152,7 @@ class Plan:
                     "seed": w.seed,
                     "prompts": len(w.prompts),
                     "images_per_prompt": w.images_per_prompt,
+                    "batches_per_shard": w.batches_per_shard,
                     "prompts_digest": w.prompts_digest,
                     "source_digest": w.source_digest,
                 }
@@ -171,7 +179,7 @@ def build_plan(
     names = [workload.name for workload in workloads]
     if len(set(names)) < len(names):
         raise UserError(f"benchmarks {', '.join(names)}: a name stands there twice; name each benchmark once")
-    planned = {w.name: _planned(w, limit, images_per_prompt or w.images_per_prompt) for w in workloads}
+    planned = {w.name: _planned(profile, w, limit, images_per_prompt or w.images_per_prompt) for w in workloads}
     shards: list[Shard] = []
     for workload in planned.values():
         samples = [
@@ -180,10 +188,11 @@ def build_plan(
             for image in range(workload.images_per_prompt)
         ]
         batches = _chunks(samples, profile.batch_size)
+        image_s = profile.image_seconds(workload.evaluator)
         # The variants alternate, so that both of a pair are drawn soon after each other.
         shards += [
-            Shard(ShardKey(variant, workload.name, number), part)
-            for number, part in enumerate(_chunks(batches, profile.batches_per_shard))
+            Shard(ShardKey(variant, workload.name, number), part, image_s * sum(map(len, part)))
+            for number, part in enumerate(_chunks(batches, workload.batches_per_shard))
             for variant in variants
         ]
     return Plan(
@@ -192,7 +201,6 @@ def build_plan(
         profile.sampling,
         profile.dtype,
         profile.batch_size,
-        profile.batches_per_shard,
         planned,
         tuple(shards),
         dict(fingerprints) if fingerprints is not None else None,
@@ -200,7 +208,7 @@ def build_plan(
     )
 
 
-def _planned(workload: Workload, limit: int | None, images_per_prompt: int) -> PlannedWorkload:
+def _planned(profile: Profile, workload: Workload, limit: int | None, images_per_prompt: int) -> PlannedWorkload:
     prompts = _first_of_each_tag(workload.prompts, limit)
     return PlannedWorkload(
         workload.name,
@@ -208,8 +216,16 @@ def _planned(workload: Workload, limit: int | None, images_per_prompt: int) -> P
         workload.seed,
         images_per_prompt,
         workload.digest,
+        _batches_per_shard(profile, workload.evaluator),
         {prompt.index: prompt for prompt in prompts},
     )
+
+
+def _batches_per_shard(profile: Profile, evaluator: str) -> int:
+    """As many batches as should take the profile's `shard_seconds`, whatever the machines turn out to need."""
+    wanted = round(profile.shard_seconds / (profile.batch_size * profile.image_seconds(evaluator)))
+    bytes_a_batch = profile.batch_size * profile.sampling.width * profile.sampling.height * 3
+    return max(1, min(wanted, MOST_SHARD_BYTES // bytes_a_batch))
 
 
 def _first_of_each_tag(prompts: Iterable[PromptRecord], limit: int | None) -> list[PromptRecord]:

@@ -31,15 +31,36 @@ class Models(_Declaration):
 
 
 class Resources(_Declaration):
-    """GPUs that one actor asks Ray for where the cluster has any; without GPUs each actor takes one CPU."""
+    """GPUs that one actor asks Ray for where the cluster has any; without GPUs each actor takes one CPU.
+
+    `needs_gpu`: the actors ask for GPUs even where the cluster has none yet, so that an autoscaler brings them.
+    `gpu_types`: the kinds of GPU that replicas may run on, by Ray's names (H100, A100, L40S, ...), with the speed of
+    each relative to the others; empty for any kind, all alike.
+    """
 
     replica_gpus: Gpus = 1.0
     text_encoder_gpus: Gpus = 0.0
     evaluator_gpus: Gpus = 0.0
+    evaluators: PositiveInt = 1
+    needs_gpu: bool = False
+    gpu_types: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+
+
+class Cost(_Declaration):
+    """Expected seconds, as on the machines that the profile is meant for. They cut the work into shards of like
+    duration, and change no image.
+
+    `megapixel_step`: of drawing one megapixel for one denoising step. `evaluators`: of scoring one image, by the
+    evaluator's name; nothing for those not named.
+    """
+
+    megapixel_step: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.13
+    evaluators: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
 class Profile(_Declaration):
-    """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch.
+    """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch,
+    `shard_seconds` how long a shard should take at the declared `cost`.
 
     `calibration` names embedded prompts to quantize with; without it they are a file of the user's.
     """
@@ -48,15 +69,21 @@ class Profile(_Declaration):
     models: Models
     sampling: Sampling
     batch_size: PositiveInt
-    batches_per_shard: PositiveInt
     dtype: Literal["float32", "bfloat16", "float16"]
     benchmarks: Names
     variants: Names
     limit: PositiveInt | None = None
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     resources: Resources = Resources()
+    cost: Cost = Cost()
+    shard_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 240.0
     assumptions: tuple[str, ...] = ()
     calibration: Literal["mini-world"] | None = None
+
+    def image_seconds(self, evaluator: str) -> float:
+        """Expected seconds to draw one image and have `evaluator` score it."""
+        megapixels = self.sampling.width * self.sampling.height / 1e6
+        return megapixels * self.sampling.steps * self.cost.megapixel_step + self.cost.evaluators.get(evaluator, 0.0)
 
     @field_validator("sampling")
     @classmethod

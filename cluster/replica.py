@@ -1,7 +1,5 @@
 """The actor that draws: one transformer at a time, and the VAE."""
 
-import gc
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,16 +8,14 @@ import numpy as np
 from bitflux_core.environment import gpu_driver
 from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
-from cluster.device import claim_device, device_name, worker_host
+from cluster.device import claim_device, device_name, free_memory, worker_host
+from cluster.faults import ModelLoadError, poisoned_process_ends
+from cluster.memory import draw_batches
 from cluster.pieces import DrawBatch
 from cluster.rows import DrawReport, ModelUse
 
 if TYPE_CHECKING:
     from bitflux_core.generate import ImageGenerator, PromptEmbedding
-
-
-class ModelLoadError(Exception):
-    """A variant could not be loaded: the replica's trouble, not that of the samples it was to draw."""
 
 
 class ReplicaActor:
@@ -43,23 +39,23 @@ class ReplicaActor:
     ) -> tuple[DrawReport, np.ndarray]:
         """The kept images of all batches, uint8 [N, H, W, 3], and what drawing them took.
 
-        An image's seconds are its batch's, divided by all of the batch's slots, padding included.
+        A batch that does not fit in memory is drawn in halves, and its images' sizes say so. Raises ModelLoadError
+        where the variant cannot be loaded.
         """
-        generator = self._load(variant)
-        images, seconds = [], []
-        for batch in batches:
-            begun = time.perf_counter()
-            drawn = generator.draw([embeddings[place] for place in batch.prompts], batch.noise_seeds, self._sampling)
-            elapsed = time.perf_counter() - begun
-            images.append(drawn[list(batch.kept)])
-            seconds += [elapsed / len(batch.noise_seeds)] * len(batch.kept)
-        return DrawReport(tuple(seconds), worker_host(), self._use(generator)), np.concatenate(images)
+        with poisoned_process_ends():
+            generator = self._load(variant)
+            drawn = draw_batches(
+                lambda prompts, seeds: generator.draw([embeddings[p] for p in prompts], seeds, self._sampling),
+                batches,
+                lambda: free_memory(self._device),
+            )
+        return DrawReport(drawn.seconds, worker_host(), self._use(generator), drawn.batch_sizes), drawn.images
 
     def _load(self, variant: str) -> "ImageGenerator":
         if self._generator is None or self._variant != variant:
             # The old model goes first: two do not fit on one GPU.
             self._generator = None
-            gc.collect()
+            free_memory(self._device)
             try:
                 self._generator = self._built(variant)
             except UserError:
@@ -75,8 +71,6 @@ class ReplicaActor:
         from bitflux_core.generate import ImageGenerator
         from bitflux_core.loading import load_transformer, storage_bytes
 
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
         dtype = getattr(torch, self._dtype)
         transformer = load_transformer(
             variant, pipeline_dir=self._pipeline_dir, ternary_dir=self._ternary_dir, device=self._device, dtype=dtype

@@ -13,7 +13,7 @@ from cluster.pieces import Piece
 from cluster.plan import Plan
 
 # Columns are only ever added, and may then be null in older files.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = pa.schema(
     [
         ("schema_version", pa.int16()),
@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
         ("model_fingerprint", pa.string()),
         ("evaluator_fingerprint", pa.string()),
         ("error", pa.string()),
+        # Set where memory sufficed only for batches smaller than the plan's: the image may differ in its last bits.
+        ("drawn_batch_size", pa.int32()),
     ]
 )
 METADATA_KEY = b"bitflux"
@@ -66,18 +68,24 @@ class ModelUse:
     driver: str | None = None
 
     def joined(self, other: "ModelUse | None") -> "ModelUse":
-        """The use of both: the larger peak counts."""
-        peak = max(self.peak_memory_bytes, other.peak_memory_bytes) if other else self.peak_memory_bytes
-        return replace(self, peak_memory_bytes=peak)
+        """The use of both: the larger peak counts, of those on CUDA where only some were drawn there."""
+        if other is None or other.memory_kind != self.memory_kind:
+            return other if other and other.memory_kind == "cuda-peak" else self
+        return replace(self, peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes))
 
 
 @dataclass(frozen=True)
 class DrawReport:
-    """What a replica says about the images of one call: seconds of each, in the order of the kept slots."""
+    """What a replica says about the images of one call: seconds of each, in the order of the kept slots.
+
+    `batch_sizes`, in the same order: None for an image drawn in the plan's batch, else the size that memory sufficed
+    for. Empty where all were drawn in the plan's batches.
+    """
 
     seconds: tuple[float, ...]
     host: str
     use: ModelUse
+    batch_sizes: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,10 @@ def scored_rows(
     plan: Plan, run_id: str, piece: Piece, report: DrawReport, scored: list[ScoredImage], worker: str
 ) -> dict[int, Row]:
     """Rows of a piece that was drawn and scored, by position."""
+    sizes = report.batch_sizes or (None,) * len(scored)
     results = [
-        asdict(image) | {"seconds": seconds, "worker": f"{worker}@{report.host}"}
-        for image, seconds in zip(scored, report.seconds, strict=True)
+        asdict(image) | {"seconds": seconds, "worker": f"{worker}@{report.host}", "drawn_batch_size": size}
+        for image, seconds, size in zip(scored, report.seconds, sizes, strict=True)
     ]
     return _rows(plan, run_id, piece, piece.attempts + 1, results)
 

@@ -2,21 +2,24 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.actor_slot import Limits
+from bitflux_core.errors import UserError
 from cluster.audit import ModelMetrics, ShardRecord, build_manifest, metrics, scan
 from cluster.compaction import compact
-from cluster.plan import Plan, Shard, ShardKey
+from cluster.limits import Limits
+from cluster.observer import Observer, SilentObserver
+from cluster.plan import Plan, ShardKey
+from cluster.pool_size import PoolSize
 from cluster.profile import Profile
 from cluster.provenance import begin_session, sessions
 from cluster.rows import Row
 from cluster.scheduler import RunStopped, Scheduler
 from cluster.store import ResultStore, StorageError
-from cluster.workers import Workers, default_replicas, model_workers
+from cluster.workers import Workers, model_workers
 
 if TYPE_CHECKING:
     from cluster.model_files import ModelFiles
@@ -58,13 +61,15 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     workers: Workers | None = None,
     limits: Limits | None = None,
+    observer: Observer | None = None,
 ) -> RunSummary:
     """Draws and scores what the store lacks of the plan, then verifies the whole and writes the manifest.
 
     Ray must be initialised. Call it in the main thread: SIGTERM and SIGINT end the run early, with what is scored
-    committed. `replicas` None takes as many as the cluster holds; `workers` replaces the actors that hold real models.
-    Raises UserError for what the user can mend: an output that cannot be written or holds another plan, models that
-    cannot be loaded, a prompt that is too long.
+    committed. `replicas` None takes as many as the cluster holds, now and later; `workers` replaces the actors that
+    hold real models; `observer` is told what happens meanwhile. Raises UserError for what the user can mend: an output
+    that cannot be written or holds another plan, models that cannot be loaded, a prompt that is too long. The run's
+    name stays free then, unless something was committed.
     """
     store.open(plan)
     manifest = store.manifest()
@@ -77,11 +82,17 @@ def run(
     missing = [shard for shard in plan.shards if shard.key not in found]
     reason = None
     if missing:
-        workers = workers or model_workers(plan, profile, files, store)
-        count = replicas or default_replicas(profile.resources, len(plan.variants))
-        count = min(count, len(missing))
+        size = PoolSize(profile.resources, len(plan.variants), replicas)
         proven = {key.variant for key, record in found.items() if record.n_failed < record.n_rows}
-        reason = asyncio.run(_draw(plan, missing, store, workers, count, limits or Limits(), proven, counter.add))
+        try:
+            size.check()
+            workers = workers or model_workers(plan, profile, files, store)
+            limits, observer = limits or Limits(), observer or SilentObserver()
+            scheduler = Scheduler(plan, missing, store, workers, size, limits, proven, counter.add, observer)
+            reason = asyncio.run(_draw(scheduler))
+        except UserError:
+            store.withdraw()
+            raise
         counter.report("verifying")
         try:
             found = scan(store, plan)
@@ -90,18 +101,8 @@ def run(
     return _verified(plan, store, found, reason)
 
 
-async def _draw(
-    plan: Plan,
-    shards: Sequence[Shard],
-    store: ResultStore,
-    workers: Workers,
-    replicas: int,
-    limits: Limits,
-    proven: set[str],
-    committed: Callable[[list[Row]], None],
-) -> str | None:
+async def _draw(scheduler: Scheduler) -> str | None:
     """Runs the scheduler; why it stopped early, or None."""
-    scheduler = Scheduler(plan, shards, store, workers, replicas, limits, proven, committed)
     try:
         with _stopped_by_signals(scheduler):
             await scheduler.run()

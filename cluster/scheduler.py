@@ -8,21 +8,28 @@ The buffer between them is bounded, so replicas wait for slow evaluators.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitflux_core.errors import UserError
-from cluster.actor_slot import ActorLost, ActorSlot, Limits, explain
+from cluster.actor_slot import ActorSlot
 from cluster.embeddings import Embeddings
 from cluster.evaluator import ImageToScore
-from cluster.pieces import DrawBatch, Piece, PieceQueue, padded_batches
+from cluster.faults import explain, is_lost_object, is_machines_fault
+from cluster.limits import Limits
+from cluster.observer import Observer, Stage
+from cluster.pace import Pace
+from cluster.pieces import Piece, PieceQueue, padded_batches
 from cluster.plan import Plan, Shard, ShardKey
-from cluster.replica import ModelLoadError
+from cluster.pool import Replica, ReplicaPool
+from cluster.pool_size import PoolSize
 from cluster.rows import DrawReport, ModelUse, Row, ScoredImage, failed_rows, scored_rows
 from cluster.store import ResultStore, StorageError
+from cluster.stragglers import Assignment, Assignments
 from cluster.workers import Workers
 
 LANES = 2
+REASONS = 3  # of actors that do not start: more say nothing new
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +38,7 @@ class RunStopped(Exception):
     """The run cannot go on, or was told to end; what is committed stays, and the same command resumes."""
 
 
-@dataclass
-class _Replica:
-    slot: ActorSlot
-    variant: str  # of the last piece sent: the next one should be of the same
-    in_hand: int = 0  # pieces sent and not yet drawn
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Drawn:
     piece: Piece
     report: DrawReport
@@ -47,7 +47,7 @@ class _Drawn:
 
 
 class Scheduler:
-    """Draws, scores and commits `shards`. Use one instance for one `run`, inside a running event loop."""
+    """Draws, scores and commits `shards`. Use one instance for one `run`."""
 
     def __init__(
         self,
@@ -55,29 +55,40 @@ class Scheduler:
         shards: Sequence[Shard],
         store: ResultStore,
         workers: Workers,
-        replicas: int,
+        size: PoolSize,
         limits: Limits,
         proven: Iterable[str],
         committed: Callable[[list[Row]], None],
+        observer: Observer,
     ) -> None:
         """`proven` are the variants that gave an image before; `committed` is called with the rows of every shard once
         its file is in the store."""
         self._plan = plan
         self._store = store
+        self._size = size
         self._limits = limits
         self._proven = set(proven)
         self._committed = committed
+        self._observer = observer
+        self._pace = Pace(limits)
         self._queue = PieceQueue(shards)
-        self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue(maxsize=replicas)
-        self._unfinished = {shard.key for shard in shards}
-        self._rows: dict[ShardKey, dict[int, Row]] = {shard.key: {} for shard in shards}
-        self._uses: dict[ShardKey, ModelUse] = {}
+        self._assignments = Assignments(self._pace, limits.late_floor_s / 4)
+        self._pool = ReplicaPool(workers, limits, size.speed)
         self._encoder = ActorSlot("text-encoder", workers.text_encoder, lambda actor: actor.start.remote(), limits)
-        self._evaluator = ActorSlot("evaluator", workers.evaluator, lambda actor: actor.start.remote(), limits)
-        variants = list(dict.fromkeys(shard.key.variant for shard in shards))
-        self._replicas = [self._replica(f"replica-{i}", variants[i % len(variants)], workers) for i in range(replicas)]
-        self._embeddings = Embeddings(self._encoder, shards)
-        self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._evaluators = [
+            ActorSlot(f"evaluator-{i}", workers.evaluator, lambda actor: actor.start.remote(), limits)
+            for i in range(workers.evaluators)
+        ]
+        self._embeddings = Embeddings(self._encode, shards)
+        self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue()
+        # Pieces that may be drawn and not yet scored: those in the evaluators' hands, and one more for each replica.
+        self._buffer = asyncio.Semaphore(LANES * workers.evaluators)
+        self._unfinished = {shard.key for shard in shards}
+        self._begun: dict[ShardKey, float] = {}
+        self._rows: dict[ShardKey, dict[int, Row]] = {}
+        self._uses: dict[ShardKey, ModelUse] = {}
+        self._ended = asyncio.Event()
+        self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._commits: set[asyncio.Task[None]] = set()
 
@@ -85,32 +96,31 @@ class Scheduler:
         """Returns once every shard is committed. Raises RunStopped with the reason where it ends before that, and
         UserError for a mistake that an actor found."""
         self._watch(self._start_encoder())
-        self._watch(self._serve_evaluator())
-        for replica in self._replicas:
-            self._watch(self._serve_replica(replica))
+        for evaluator in self._evaluators:
+            self._watch(self._serve_evaluator(evaluator))
+        self._watch(self._keep_pool())
         try:
-            await self._outcome
+            await self._ended.wait()
         finally:
             if self._commits:
                 await asyncio.wait(self._commits, timeout=self._limits.grace_s)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for slot in self._slots():
+            for slot in (self._encoder, *self._evaluators, *self._replica_slots()):
                 slot.stop()
+        if self._error:
+            raise self._error
 
     def stop(self, reason: str) -> None:
         """Ends the run early: commits in hand get a moment, everything else is left for the next run."""
-        if not self._outcome.done():
-            self._outcome.set_exception(RunStopped(reason))
+        self._end(RunStopped(reason))
 
-    def _replica(self, name: str, variant: str, workers: Workers) -> _Replica:
-        slot = ActorSlot(name, workers.replica, lambda actor: actor.start.remote(replica.variant), self._limits)
-        replica = _Replica(slot, variant)
-        return replica
-
-    def _slots(self) -> list[ActorSlot]:
-        return [self._encoder, self._evaluator, *(replica.slot for replica in self._replicas)]
+    def _end(self, error: BaseException | None) -> None:
+        """Ends the run; the first reason counts."""
+        if not self._ended.is_set():
+            self._error = error
+            self._ended.set()
 
     def _watch(self, coroutine: Coroutine[Any, Any, None], commit: bool = False) -> None:
         """Runs `coroutine` beside the others; its exception ends the run."""
@@ -120,106 +130,175 @@ class Scheduler:
 
         def finish(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
-            if not task.cancelled() and (error := task.exception()) and not self._outcome.done():
-                self._outcome.set_exception(error)
+            if not task.cancelled() and (error := task.exception()):
+                self._end(error)
 
         task.add_done_callback(finish)
 
+    async def _keep_pool(self) -> None:
+        """Starts replicas as the cluster gets room for them, and ends the run where actors of one kind are all gone."""
+        told = -1
+        while True:
+            wanted = await asyncio.to_thread(self._size.wanted)
+            for replica in self._pool.grow(wanted, len(self._unfinished), self._queue.neediest):
+                self._buffer.release()
+                self._watch(self._serve_replica(replica))
+            for slots in ([self._encoder], self._evaluators, self._replica_slots()):
+                _check(slots)
+            if self._pool.running != told:
+                told = self._pool.running
+                self._observer.pool_size(told)
+            await asyncio.sleep(self._limits.pool_period_s)
+
+    def _replica_slots(self) -> list[ActorSlot]:
+        return [replica.slot for replica in self._pool.replicas]
+
     async def _start_encoder(self) -> None:
-        await self._encoder.start()
-        _check(self._encoder)
+        await self._encoder.ready()
+        _check([self._encoder])
 
-    async def _serve_evaluator(self) -> None:
-        await self._evaluator.start()
-        _check(self._evaluator)
-        await asyncio.gather(*(self._score_lane() for _ in range(LANES)))
+    async def _serve_evaluator(self, slot: ActorSlot) -> None:
+        await asyncio.gather(*(self._score_lane(slot) for _ in range(LANES)))
+        _check(self._evaluators)
 
-    async def _serve_replica(self, replica: _Replica) -> None:
-        await replica.slot.start()
+    async def _serve_replica(self, replica: Replica) -> None:
         await asyncio.gather(*(self._draw_lane(replica) for _ in range(LANES)))
-        _check(*(replica.slot for replica in self._replicas))
+        _check(self._replica_slots())
 
-    async def _draw_lane(self, replica: _Replica) -> None:
+    async def _draw_lane(self, replica: Replica) -> None:
         """Pulls and draws pieces until the work is done or the replica's slot is retired."""
-        while not replica.slot.retired:
-            # The last pieces are for replicas with nothing to do, not for prefetching.
-            leave = len(self._replicas) - 1 if replica.in_hand else 0
-            piece = await self._queue.take(replica.variant, leave)
-            if piece is None:
-                return
-            replica.variant = piece.shard.key.variant
+        while await replica.slot.ready() and not self._queue.closed:
+            await replica.slot.rest(self._replica_slots())
+            assignment = await self._take(replica)
+            if assignment is None:
+                continue
+            key = assignment.piece.shard.key
+            self._begun.setdefault(key, _now())
+            replica.variant = key.variant
             replica.in_hand += 1
-            prompts, batches = padded_batches(piece, self._plan.batch_size)
             try:
-                await self._drawn.put(await self._draw(replica, piece, prompts, batches))
-            except UserError:
-                raise
-            except Exception as error:
-                _check(self._encoder)
-                self._embeddings.forget(prompts)
-                if again := self._failed(piece, "draw", error):
-                    self._queue.put(again)
+                drawn = await self._draw(replica, assignment)
             finally:
                 replica.in_hand -= 1
+            if drawn:
+                await self._buffer.acquire()
+                self._drawn.put_nowait(drawn)
+                del drawn  # the evaluators hold its images from here on
 
-    async def _draw(
-        self, replica: _Replica, piece: Piece, prompts: list[str], batches: tuple[DrawBatch, ...]
-    ) -> _Drawn:
-        embeddings = await self._embeddings.get(prompts)
-        report, (images,) = await replica.slot.call(
-            lambda actor: actor.draw.options(num_returns=2).remote(piece.shard.key.variant, batches, *embeddings)
+    async def _take(self, replica: Replica) -> Assignment | None:
+        """The next piece for a replica: a new one, or one that is late elsewhere. None where it should ask again."""
+        name = replica.slot.name
+        # The last pieces are for replicas with nothing to do, not for prefetching.
+        leave = self._pool.running - 1 if replica.in_hand else 0
+        patience_s = None if replica.in_hand else self._assignments.next_late_s(name)
+        piece = await self._queue.take(replica.variant, leave, patience_s)
+        if piece:
+            return self._assignments.begin(piece, self._plan.batch_size, name, replica.speed)
+        if self._queue.closed or replica.in_hand:
+            return None
+        return self._assignments.late(name)
+
+    async def _draw(self, replica: Replica, assignment: Assignment) -> _Drawn | None:
+        """What the replica drew. None where that failed, or where another replica was quicker."""
+        piece, slot = assignment.piece, replica.slot
+        variant = piece.shard.key.variant
+        prompts, batches = padded_batches(piece, self._plan.batch_size)
+        try:
+            embeddings = await self._embeddings.get(prompts)
+            self._assignments.sent(assignment)
+            report, (images,), seconds = await slot.call(
+                lambda actor: actor.draw.options(num_returns=2).remote(variant, batches, *embeddings),
+                self._pace.timeout(variant, assignment.slots / replica.speed),
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            _check([self._encoder])
+            self._embeddings.forget(prompts)
+            if self._assignments.end(assignment, slot.name, drawn=False):
+                if again := self._failed(assignment.piece, "draw", error):
+                    self._queue.put(again)
+            elif not is_machines_fault(error):
+                assignment.piece = assignment.piece.failed()  # the other replica goes on with it
+            return None
+        self._pace.observe(variant, assignment.slots / replica.speed, seconds)
+        self._observer.stage_ended("draw", seconds)
+        self._observer.replica_busy(slot.name, sum(report.seconds))
+        if self._assignments.end(assignment, slot.name, drawn=True):
+            return _Drawn(assignment.piece, report, images, slot.name)
+        return None
+
+    async def _encode(self, prompts: list[str]) -> list[Any]:
+        _, references, seconds = await self._encoder.call(
+            lambda actor: actor.encode.options(num_returns=len(prompts) + 1).remote(prompts),
+            self._pace.timeout("encode", len(prompts)),
         )
-        return _Drawn(piece, report, images, replica.slot.name)
+        self._pace.observe("encode", len(prompts), seconds)
+        self._observer.stage_ended("encode", seconds)
+        return references
 
-    async def _score_lane(self) -> None:
-        while True:
-            await self._score_drawn(await self._drawn.get())
+    async def _score_lane(self, slot: ActorSlot) -> None:
+        while await slot.ready():
+            await slot.rest(self._evaluators)
+            await self._score_drawn(slot, await self._drawn.get())
 
-    async def _score_drawn(self, drawn: _Drawn) -> None:
-        """Scores a piece's images and keeps its rows. Where that fails it tries the same images again, until the piece
-        has to be cut."""
-        piece: Piece | None = drawn.piece
-        while piece:
-            try:
-                scored = await self._score(piece, drawn.images)
-            except (UserError, StorageError):
-                raise
-            except Exception as error:
-                _check(self._evaluator)
-                piece = self._failed(piece, "score", error)
-            else:
-                key = piece.shard.key
-                if any(image.error is None for image in scored):
-                    self._proven.add(key.variant)
-                self._uses[key] = drawn.report.use.joined(self._uses.get(key))
-                self._settle(
-                    piece, scored_rows(self._plan, self._store.run_id, piece, drawn.report, scored, drawn.worker)
-                )
+    async def _score_drawn(self, slot: ActorSlot, drawn: _Drawn) -> None:
+        """Scores a piece's images and keeps its rows. Where that fails, the same images are tried again until the piece
+        has to be cut, unless they are lost."""
+        key = drawn.piece.shard.key
+        try:
+            scored = await self._score(slot, drawn.piece, drawn.images)
+        except (UserError, StorageError):
+            raise
+        except Exception as error:
+            _check(self._evaluators)
+            again = self._failed(drawn.piece, "score", error)
+            if again and not is_lost_object(error):
+                self._drawn.put_nowait(replace(drawn, piece=again))
                 return
+            if again:
+                self._queue.put(again)
+        else:
+            if any(image.error is None for image in scored):
+                self._proven.add(key.variant)
+            self._uses[key] = drawn.report.use.joined(self._uses.get(key))
+            rows = scored_rows(self._plan, self._store.run_id, drawn.piece, drawn.report, scored, drawn.worker)
+            self._settle(drawn.piece, rows)
+        self._buffer.release()
 
-    async def _score(self, piece: Piece, images: Any) -> list[ScoredImage]:
+    async def _score(self, slot: ActorSlot, piece: Piece, images: Any) -> list[ScoredImage]:
         key = piece.shard.key
         prompts = self._plan.workloads[key.benchmark].prompts
         wanted = [
             ImageToScore(sample.prompt_index, sample.image_index, prompts[sample.prompt_index].metadata)
             for sample in piece.samples
         ]
-        scored, _ = await self._evaluator.call(lambda actor: actor.score.remote(key, wanted, images))
+        kind = ("score", key.benchmark)
+        scored, _, seconds = await slot.call(
+            lambda actor: actor.score.remote(key, wanted, images), self._pace.timeout(kind, len(wanted))
+        )
+        self._pace.observe(kind, len(wanted), seconds)
+        self._observer.stage_ended("score", seconds)
         return scored
 
-    def _failed(self, piece: Piece, stage: str, error: Exception) -> Piece | None:
+    def _failed(self, piece: Piece, stage: Stage, error: Exception) -> Piece | None:
         """The piece if it is to be tried again as it is; None once it was cut, or its only sample given up."""
-        if isinstance(error, ModelLoadError) or (isinstance(error, ActorLost) and not error.blamed):
-            return piece
+        if is_machines_fault(error) and piece.excused < self._limits.excused:
+            log.warning("shard %s is tried again: %s: %s", piece.shard.key, stage, explain(error))
+            self._observer.retried(stage)
+            return replace(piece, excused=piece.excused + 1)
         message = f"{stage}: {explain(error)}"
         piece = piece.failed()
         log.warning("shard %s, %d images, failure %d: %s", piece.shard.key, len(piece.positions), piece.tries, message)
         if not piece.exhausted(self._limits.attempts):
+            self._observer.retried(stage)
             return piece
         if len(piece.positions) > 1:
+            self._observer.retried(stage)
             for half in piece.halves(self._plan.batch_size):
                 self._queue.put(half)
         elif piece.shard.key.variant in self._proven:
+            self._observer.quarantined(1)
             self._settle(piece, failed_rows(self._plan, self._store.run_id, piece, message))
         else:
             # Error rows are for good, so they are not written for what may be the models' or the machine's fault.
@@ -228,25 +307,36 @@ class Scheduler:
 
     def _settle(self, piece: Piece, rows: dict[int, Row]) -> None:
         """Keeps a piece's rows until its shard has all of them, then commits the shard."""
-        kept = self._rows[piece.shard.key]
+        kept = self._rows.setdefault(piece.shard.key, {})
         kept.update(rows)
         if len(kept) == len(piece.shard.samples):
             self._watch(self._commit(piece.shard), commit=True)
 
     async def _commit(self, shard: Shard) -> None:
+        begun = _now()
         by_position = self._rows.pop(shard.key)
         rows = [by_position[position] for position in sorted(by_position)]
         await asyncio.to_thread(self._store.commit, shard.key, rows, self._uses.pop(shard.key, None))
         self._embeddings.release(shard)
         self._unfinished.discard(shard.key)
+        self._observer.stage_ended("commit", _now() - begun)
+        self._observer.shard_committed(
+            shard.key.variant, shard.key.benchmark, len(rows), _now() - self._begun.pop(shard.key)
+        )
         self._committed(rows)
         if not self._unfinished:
             self._queue.close()
-            if not self._outcome.done():
-                self._outcome.set_result(None)
+            self._end(None)
 
 
-def _check(*slots: ActorSlot) -> None:
-    """Ends the run once all these slots are retired: nobody is left to do their work."""
-    if all(slot.retired for slot in slots):
-        raise RunStopped("; ".join(dict.fromkeys(str(slot.retired) for slot in slots)))
+def _check(slots: Sequence[ActorSlot]) -> None:
+    """Ends the run once none of these slots has an actor, or will have: nobody is left to do their work."""
+    reasons = [slot.stuck() for slot in slots]
+    if reasons and all(reasons):
+        told = list(dict.fromkeys(str(reason) for reason in reasons))
+        more = f"; and {len(told) - REASONS} more" if len(told) > REASONS else ""
+        raise RunStopped("; ".join(told[:REASONS]) + more)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -77,6 +77,11 @@ class ResultStore:
                 "leave --run-id out, or give a new one"
             )
 
+    def withdraw(self) -> None:
+        """Takes back a plan of which nothing was committed, so that the run's name is free for a corrected one."""
+        if not self.shards():
+            self._fs.rm_file(self._path(PLAN))
+
     def plan_digest(self) -> str | None:
         """Digest of the plan that the run was begun with, None where there is no such run."""
         plan = self._read_json(PLAN)

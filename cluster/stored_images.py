@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ from PIL import Image
 from cluster.device import worker_host
 from cluster.pieces import DrawBatch
 from cluster.plan import Plan
+from cluster.pool_size import HELPER_CPUS
 from cluster.rows import DrawReport, ModelUse, shard_uses
 from cluster.store import ResultStore
-from cluster.workers import HELPER_CPUS, Workers
+from cluster.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,4 @@ def with_stored_images(workers: Workers, stored: StoredImages) -> Workers:
         options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
         return ray.remote(cls).options(num_cpus=HELPER_CPUS, num_gpus=0, **options).remote(*args)
 
-    return Workers(lambda: actor(StoredReplica, stored), lambda: actor(StoredEncoder), workers.evaluator)
+    return replace(workers, replica=lambda *_: actor(StoredReplica, stored), text_encoder=lambda: actor(StoredEncoder))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.device import claim_device
+from cluster.faults import poisoned_process_ends
 
 if TYPE_CHECKING:
     from bitflux_core.generate import PromptEmbedding, TextEncoder
@@ -31,4 +32,5 @@ class TextEncoderActor:
         """None, then an embedding a prompt: each becomes an object of its own in Ray's store, and only the None is
         opened by the driver. Raises UserError for a prompt that is too long."""
         assert self._encoder is not None, "start comes first"
-        return (None, *self._encoder.encode(prompts))
+        with poisoned_process_ends():
+            return (None, *self._encoder.encode(prompts))

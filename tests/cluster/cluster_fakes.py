@@ -32,10 +32,11 @@ PROFILE = Profile(
     models={"pipeline": "p", "ternary": "t", "detector": "d", "clip": "c"},
     sampling=SAMPLING,
     batch_size=4,
-    batches_per_shard=2,
     dtype="float32",
     benchmarks=("toy",),
     variants=("bf16", "ternary"),
+    cost={"megapixel_step": 1e6 / 16**2},
+    shard_seconds=8.0,  # two batches, at a second an image
 )
 FINGERPRINTS = {"bf16": "a1", "ternary": "b2", "pipeline": "c3", "detector": "d4", "clip": "e5"}
 

@@ -58,7 +58,7 @@ def profile(files) -> Profile:
         models={role: str(path) for role, path in vars(files).items()},
         sampling=Sampling(width=64, height=64, steps=2, guidance=2.0, max_sequence_length=16),
         batch_size=4,
-        batches_per_shard=1,
+        shard_seconds=1e-3,
         dtype="bfloat16",
         benchmarks=("random",),
         variants=("bf16", "ternary"),

@@ -25,7 +25,7 @@ from cluster_fakes import (
 from fsspec import AbstractFileSystem
 
 from bitflux_core.errors import UserError
-from cluster.actor_slot import Limits
+from cluster.limits import Limits
 from cluster.output import alive_nodes, check_output
 from cluster.run import run
 from cluster.store import ResultStore

@@ -8,7 +8,7 @@ from cluster_fakes import PROFILE, FakeReplica, Faults, by_id, draws, fake_worke
 from in_process import in_process
 
 from bitflux_core.errors import UserError
-from cluster.actor_slot import Limits
+from cluster.limits import Limits
 from cluster.run import Progress, run
 from cluster.store import ResultStore, shard_name
 
@@ -112,7 +112,8 @@ def test_an_actor_that_finds_no_room_ends_the_run_with_the_reason(plan, store, t
             await asyncio.sleep(3600)
 
     workers = replace(fake_workers(Faults(tmp_path), store), replica=in_process(Pending))
-    summary = run(plan, PROFILE, None, store, workers=workers, replicas=1, limits=Limits(starts=1, start_timeout_s=0.1))
+    limits = Limits(start_timeout_s=0.1, pool_period_s=0.05)
+    summary = run(plan, PROFILE, None, store, workers=workers, replicas=1, limits=limits)
     assert not summary.complete
     assert "does the cluster have room" in (summary.reason or "")
 
@@ -126,8 +127,8 @@ def test_a_users_mistake_found_in_an_actor_reaches_the_caller(plan, store, tmp_p
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(failures=10), "replica-0 failed 10 times in a row, at last with RuntimeError: seed"),
-        (Limits(failures=1000), "no image of variant bf16 could be made: draw: RuntimeError: seed"),
+        (Limits(failures=10, backoff_s=0), "replica-0 failed 10 times in a row, at last with RuntimeError: seed"),
+        (Limits(failures=1000, backoff_s=0), "no image of variant bf16 could be made: draw: RuntimeError: seed"),
     ],
 )
 def test_where_nothing_can_be_drawn_the_run_stops_instead_of_writing_errors(plan, store, tmp_path, limits, reason):

@@ -16,7 +16,7 @@ PROFILE = {
     "name": "random",
     "sampling": {"width": 64, "height": 64, "steps": 1, "guidance": 2.0, "max_sequence_length": 16},
     "batch_size": 4,
-    "batches_per_shard": 1,
+    "shard_seconds": 0.001,
     "dtype": "float32",
     "benchmarks": ["mini-geneval"],
     "variants": ["bf16", "ternary"],
