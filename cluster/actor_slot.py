@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from bitflux_core.errors import UserError
-from cluster.faults import ACTOR_GONE, ActorLost, ModelLoadError, explain, is_machines_fault, is_node_gone
+from cluster.faults import ACTOR_GONE, ActorHung, ActorLost, ModelLoadError, explain, is_machines_fault, is_node_gone
 from cluster.limits import Limits
 
 TOLERATED = 3  # failures in a row before an actor rests: isolating a poisoned sample takes about as many
@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Call:
-    """A call without an answer. Its time counts from `begun`, when it became the one that is worked on."""
+    """A call without an answer. Its time counts from `begun`, when it became the one that is worked on; `timeout` says
+    how long it may take, by what is known at the time."""
 
-    timeout_s: float
+    timeout: Callable[[], float]
     begun: float | None = None
     alarm: asyncio.TimerHandle | None = None
 
@@ -47,10 +48,6 @@ class _Life:
 
     def worked_on(self, call: _Call) -> bool:
         return next(iter(self.calls), None) is call
-
-
-class _Hung(Exception):
-    """A call took far longer than its like."""
 
 
 class ActorSlot:
@@ -93,18 +90,18 @@ class ActorSlot:
                 await self._begin()
         return self.retired is None
 
-    async def call(self, send: Callable[[Any], Any], timeout_s: float) -> tuple[Any, list[Any], float]:
+    async def call(self, send: Callable[[Any], Any], timeout: Callable[[], float]) -> tuple[Any, list[Any], float]:
         """The value of the first reference that `send(actor)` returns, its other references unopened, and the seconds
         that the actor took, those spent behind other calls left out.
 
-        Raises ActorLost where the actor died, was out of reach or took longer than `timeout_s`, and whatever the call
-        itself raises. `ready` then sees to the actor.
+        Raises ActorLost where the actor died, was out of reach or took longer than `timeout` (in seconds) allows, and
+        whatever the call itself raises. `ready` then sees to the actor.
         """
         await self.ready()
         life = self._life
         if life is None:
             raise ActorLost(f"{self.name} is retired: {self.retired}", blamed=False)
-        call = _Call(timeout_s)
+        call = _Call(timeout)
         life.calls[call] = None
         self._set_clock(life)
         answer: asyncio.Future[Any] | None = None
@@ -122,7 +119,7 @@ class ActorSlot:
             life.unavailable += 1
             self._count(error)
             raise ActorLost(explain(error), blamed=False) from error
-        except (*ACTOR_GONE, _Hung) as error:
+        except ACTOR_GONE as error:
             # A dead actor's calls stay listed: the first stays first.
             blamed = life.worked_on(call) and not is_machines_fault(error)
             self._bury(life, error)
@@ -163,11 +160,16 @@ class ActorSlot:
         call = next(iter(life.calls), None)
         if call is not None and call.begun is None:
             call.begun = _now()
-            call.alarm = asyncio.get_running_loop().call_later(call.timeout_s, self._give_up, life, call)
+            self._watch(life, call, call.begun)
 
-    def _give_up(self, life: _Life, call: _Call) -> None:
-        if not life.given_up.done():
-            life.given_up.set_exception(_Hung(f"{self.name} gave no answer in {call.timeout_s:.0f} s"))
+    def _watch(self, life: _Life, call: _Call, begun: float) -> None:
+        """Gives the actor up once its call has taken too long; until then looks again, for what is known may change."""
+        allowed, taken = call.timeout(), _now() - begun
+        if taken < allowed:
+            wait = min(allowed - taken, self._limits.call_floor_s)
+            call.alarm = asyncio.get_running_loop().call_later(wait, self._watch, life, call, begun)
+        elif not life.given_up.done():
+            life.given_up.set_exception(ActorHung(f"{self.name} gave no answer in {allowed:.0f} s"))
             life.given_up.exception()  # nobody may wait for it
 
     def _drop(self, life: _Life, call: _Call) -> None:

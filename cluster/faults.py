@@ -29,8 +29,6 @@ POISONED = (
     "hardware stack error",
 )
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-# With one of these a call's actor is gone.
-ACTOR_GONE = (RayActorError, NodeDiedError, OutOfMemoryError)
 NODE_GONE = ("node has died", "node was terminated", "node is dead")
 
 log = logging.getLogger(__name__)
@@ -44,8 +42,16 @@ class ActorLost(Exception):
         self.blamed = blamed
 
 
+class ActorHung(Exception):
+    """A call took far longer than its like."""
+
+
 class ModelLoadError(Exception):
     """A variant could not be loaded: the replica's trouble, not that of the samples it was to draw."""
+
+
+# With one of these a call's actor is gone, or is to go.
+ACTOR_GONE = (RayActorError, NodeDiedError, OutOfMemoryError, ActorHung)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -109,7 +115,7 @@ def is_lost_object(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """An error on one line: its type and message as the actor raised them, or why its process ended."""
-    if isinstance(error, ActorLost):
+    if isinstance(error, (ActorLost, ActorHung)):
         return str(error)
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause

@@ -208,7 +208,7 @@ class Scheduler:
             self._assignments.sent(assignment)
             report, (images,), seconds = await slot.call(
                 lambda actor: actor.draw.options(num_returns=2).remote(variant, batches, *embeddings),
-                self._pace.timeout(variant, assignment.slots / replica.speed),
+                lambda: self._pace.timeout(variant, assignment.slots / replica.speed),
             )
         except UserError:
             raise
@@ -231,7 +231,7 @@ class Scheduler:
     async def _encode(self, prompts: list[str]) -> list[Any]:
         _, references, seconds = await self._encoder.call(
             lambda actor: actor.encode.options(num_returns=len(prompts) + 1).remote(prompts),
-            self._pace.timeout("encode", len(prompts)),
+            lambda: self._pace.timeout("encode", len(prompts)),
         )
         self._pace.observe("encode", len(prompts), seconds)
         self._observer.stage_ended("encode", seconds)
@@ -275,7 +275,7 @@ class Scheduler:
         ]
         kind = ("score", key.benchmark)
         scored, _, seconds = await slot.call(
-            lambda actor: actor.score.remote(key, wanted, images), self._pace.timeout(kind, len(wanted))
+            lambda actor: actor.score.remote(key, wanted, images), lambda: self._pace.timeout(kind, len(wanted))
         )
         self._pace.observe(kind, len(wanted), seconds)
         self._observer.stage_ended("score", seconds)

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from in_process import ProcessEnded, in_process
+from in_process import ProcessEnded, ProcessHangs, in_process
+from ray.exceptions import ActorUnavailableError
 
 from bitflux_core.errors import UserError
 from bitflux_core.samples import Sampling
 from cluster.evaluator import EvaluatorActor
+from cluster.faults import poisoned_process_ends
+from cluster.memory import draw_batches
 from cluster.pieces import DrawBatch
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
@@ -26,6 +29,7 @@ from cluster.workload import PromptRecord, Workload
 from evaluators.base import Score
 
 VOLATILE = ("seconds", "worker", "attempts")
+MOST_ATTEMPTS = 11  # a shard's 3, a cut to each of 8 images' halves, 3 alone, and two losses to others' faults
 SAMPLING = Sampling(width=16, height=16, steps=1, guidance=1.0, max_sequence_length=8)
 PROFILE = Profile(
     name="small",
@@ -63,7 +67,15 @@ class Faults:
     raise_on: frozenset[int] = frozenset()
     exit_on: frozenset[int] = frozenset()
     exit_once_on: frozenset[int] = frozenset()
+    hang_on: frozenset[int] = frozenset()
+    hang_once_on: frozenset[int] = frozenset()
+    poison_cuda_on: frozenset[int] = frozenset()
+    poison_cuda_once_on: frozenset[int] = frozenset()
+    unavailable_once_on: frozenset[int] = frozenset()
+    memory: int = 1000  # images of one batch that fit; of `greedy` ones none
+    greedy: frozenset[int] = frozenset()
     score_raise_on: frozenset[str] = frozenset()
+    score_hang_once: bool = False
     start: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     driver: int = field(default_factory=os.getpid)
@@ -75,12 +87,31 @@ class Faults:
             return False
         return True
 
+    def strike(self, seed: int) -> None:
+        """Does what is to go wrong with an image."""
+        if seed in self.raise_on:
+            raise RuntimeError(f"seed {seed} is poisoned")
+        if seed in self.exit_on or (seed in self.exit_once_on and self.first_time(f"exit-{seed}")):
+            self.die()
+        if seed in self.hang_on or (seed in self.hang_once_on and self.first_time(f"hang-{seed}")):
+            self.hang()
+        if seed in self.poison_cuda_on or (seed in self.poison_cuda_once_on and self.first_time(f"cuda-{seed}")):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+        if seed in self.unavailable_once_on and self.first_time(f"unavailable-{seed}"):
+            raise ActorUnavailableError("no route", b"\0" * 16)
+
     def die(self) -> None:
         """Ends the actor's process, or what stands for it where the actor lives in the driver's own."""
         if os.getpid() == self.driver:
             raise ProcessEnded
         time.sleep(0.1)  # the answer to the call before may still be on its way
         os._exit(1)
+
+    def hang(self) -> None:
+        """Never answers, until the process is ended."""
+        if os.getpid() == self.driver:
+            raise ProcessHangs
+        time.sleep(3600)
 
 
 class FakeReplica:
@@ -93,26 +124,24 @@ class FakeReplica:
         _start("replica", self._faults)
 
     def draw(self, variant: str, batches: tuple[DrawBatch, ...], *embeddings: str):
-        images = []
-        for batch in batches:
-            assert len(batch.noise_seeds) == len(batch.prompts) == PROFILE.batch_size
-            for slot in batch.kept:
-                images.append(self._image(variant, batch.noise_seeds[slot], embeddings[batch.prompts[slot]]))
+        assert all(len(batch.noise_seeds) == len(batch.prompts) == PROFILE.batch_size for batch in batches)
+        assert all(embedding.startswith("encoded ") for embedding in embeddings)
+        with poisoned_process_ends():
+            drawn = draw_batches(lambda _, seeds: self._images(variant, seeds), batches, lambda: None)
         use = ModelUse(1000, 2000, "cpu-resident", "cpu")
-        return DrawReport((0.5,) * len(images), f"host:{os.getpid()}", use), np.stack(images)
+        seconds = (0.5,) * len(drawn.images)
+        return DrawReport(seconds, f"host:{os.getpid()}", use, drawn.batch_sizes), drawn.images
 
-    def _image(self, variant: str, seed: int, embedding: str) -> np.ndarray:
-        assert embedding.startswith("encoded ")
-        time.sleep(self._faults.seconds)
-        if seed in self._faults.raise_on:
-            raise RuntimeError(f"seed {seed} is poisoned")
-        dies = seed in self._faults.exit_once_on and self._faults.first_time(f"exit-{seed}")
-        if dies or seed in self._faults.exit_on:
-            self._faults.die()
-        with (self._faults.folder / "draws.txt").open("a") as file:
-            file.write(f"{variant} {seed}\n")
-        color = np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8).reshape(4, 4, 3)
-        return np.tile(color, (4, 4, 1))
+    def _images(self, variant: str, seeds: tuple[int, ...]) -> np.ndarray:
+        if len(seeds) > self._faults.memory or self._faults.greedy & set(seeds):
+            raise MemoryError(f"{len(seeds)} images do not fit")
+        for seed in dict.fromkeys(seeds):  # padding repeats one
+            time.sleep(self._faults.seconds)
+            self._faults.strike(seed)
+            with (self._faults.folder / "draws.txt").open("a") as file:
+                file.write(f"{variant} {seed}\n")
+        colors = [np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8) for seed in seeds]
+        return np.stack([np.tile(color.reshape(4, 4, 3), (4, 4, 1)) for color in colors])
 
 
 class FakeEncoder:
@@ -147,6 +176,8 @@ class FakeScorer:
         self._faults = faults
 
     def score(self, images, metadata) -> list[Score]:
+        if self._faults.score_hang_once and self._faults.first_time("score-hang"):
+            self._faults.hang()
         bad = [m for m in metadata if f"{m['tag']} {m['count']}" in self._faults.score_raise_on]
         if bad:
             raise RuntimeError(f"cannot look at {bad[0]}")
@@ -154,6 +185,7 @@ class FakeScorer:
 
 
 def _start(role: str, faults: Faults) -> None:
+    (faults.folder / f"{role}-{os.getpid()}.pid").touch()
     fault = faults.start.get(role)
     if fault == "user":
         raise UserError("the checkpoint is damaged: copy it again")
@@ -170,13 +202,15 @@ def fake_workers(faults: Faults, store: ResultStore) -> Workers:
     )
 
 
-def ray_workers(faults: Faults, store: ResultStore) -> Workers:
-    """Actors of Ray."""
+def ray_workers(faults: Faults, store: ResultStore, resources: dict | None = None) -> Workers:
+    """Actors of Ray; `resources` are what a replica asks for."""
     replica, encoder, evaluator = (ray.remote(cls) for cls in (FakeReplica, FakeEncoder, FakeEvaluator))
+    resources = resources or {"num_cpus": 1}
+    helpers = {"num_cpus": 0, "resources": {"head": 0.01}}  # they live on as nodes go
     return Workers(
-        lambda: replica.options(num_cpus=1).remote(faults),
-        lambda: encoder.options(num_cpus=0).remote(faults),
-        lambda: evaluator.options(num_cpus=0).remote(faults, store),
+        lambda: replica.options(**resources).remote(faults),
+        lambda: encoder.options(**helpers).remote(faults),
+        lambda: evaluator.options(**helpers).remote(faults, store),
     )
 
 

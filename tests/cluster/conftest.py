@@ -16,21 +16,24 @@ from cluster.store import ResultStore
 
 
 @pytest.fixture(scope="session")
-def local_ray():
-    """Two cores, as on the smallest machine; the object store is small, since the images are."""
+def ray_cluster():
+    """One head of two cores, as on the smallest machine; the object store is small, since the images are. Tests may add
+    nodes, and remove what they added."""
     import ray
+    from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the workers import the fakes
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100_000_000,
-    )
-    yield ray
+    head = {"num_cpus": 2, "num_gpus": 0, "resources": {"head": 1}, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def local_ray(ray_cluster):
+    """A Ray that is there."""
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Actors without processes: the handles of Ray's actors, as far as the scheduler uses them, over one event loop.
 
 Calls run one after the other, in the order they were sent. ProcessEnded, raised by a method, kills the actor: that call
-and all later ones fail with Ray's own ActorDiedError.
+and all later ones fail with Ray's own ActorDiedError. ProcessHangs leaves that call and all later ones without an
+answer until the actor is killed.
 """
 
 import asyncio
@@ -16,10 +17,15 @@ class ProcessEnded(BaseException):
     """Stands for os._exit in an actor's process."""
 
 
+class ProcessHangs(BaseException):
+    """Stands for a call that never returns."""
+
+
 class InProcessActor:
     def __init__(self, make: Callable[[], Any]) -> None:
         self._instance = make()
         self._alive = True
+        self._killed = asyncio.Event()
         self._last: asyncio.Task[None] | None = None
         self._unanswered = 0
         self.most_unanswered = 0  # calls at any one time
@@ -29,6 +35,7 @@ class InProcessActor:
 
     def kill(self) -> None:
         self._alive = False
+        self._killed.set()
 
     def send(self, method: str, args: tuple[Any, ...], num_returns: int) -> Any:
         results = [asyncio.get_running_loop().create_future() for _ in range(num_returns)]
@@ -45,9 +52,7 @@ class InProcessActor:
             await asyncio.sleep(0)  # as between processes, an answer takes a turn of the loop at least
             if not self._alive:
                 raise ProcessEnded
-            value = getattr(self._instance, method)(*values)
-            if asyncio.iscoroutine(value):
-                value = await value
+            value = await self._returned(getattr(self._instance, method), values)
         except ProcessEnded:
             self._alive = False
             _fail(results, ActorDiedError())
@@ -59,6 +64,22 @@ class InProcessActor:
                     result.set_result(part)
         finally:
             self._unanswered -= 1
+
+    async def _returned(self, method: Callable[..., Any], values: list[Any]) -> Any:
+        try:
+            value = method(*values)
+        except ProcessHangs:
+            await self._killed.wait()
+            raise ProcessEnded from None
+        if not asyncio.iscoroutine(value):
+            return value
+        answer, killed = asyncio.ensure_future(value), asyncio.ensure_future(self._killed.wait())
+        await asyncio.wait({answer, killed}, return_when=asyncio.FIRST_COMPLETED)
+        killed.cancel()
+        if not answer.done():
+            answer.cancel()
+            raise ProcessEnded
+        return answer.result()
 
 
 class _Method:

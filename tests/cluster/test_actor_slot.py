@@ -41,9 +41,9 @@ def outcomes(*work, limits=None):
     async def send_all():
         slot = ActorSlot("w", lambda: InProcessActor(Worker), lambda actor: actor.start.remote(), limits or Limits())
         await slot.ready()
-        calls = [slot.call(lambda actor, what=what: actor.work.remote(what), timeout_s=60) for what in work]
+        calls = [slot.call(lambda actor, what=what: actor.work.remote(what), timeout=lambda: 60) for what in work]
         results = await asyncio.gather(*calls, return_exceptions=True)
-        calls = [slot.call(lambda actor: actor.work.remote("after"), timeout_s=60)]
+        calls = [slot.call(lambda actor: actor.work.remote("after"), timeout=lambda: 60)]
         (after,) = await asyncio.gather(*calls, return_exceptions=True)
         return slot, [value(result) for result in results], value(after)
 

@@ -80,3 +80,30 @@ def test_the_last_pieces_are_left_for_others(plan):
 
     first, second = asyncio.run(take_and_wait())
     assert first == second
+
+
+def test_the_longest_shards_go_first_and_what_failed_last(plan):
+    async def take_all():
+        short, *others = (shard for shard in plan.shards[::-1] if shard.key.variant == "bf16")  # 4, 8 and 8 images
+        queue = PieceQueue([short, *others])
+        queue.put(failed := whole(others[0]).failed())
+        return [await queue.take("bf16") for _ in range(4)], short, failed
+
+    taken, short, failed = asyncio.run(take_all())
+    assert [piece.shard.expected_s for piece in taken[:3]] == [8.0, 8.0, 4.0]
+    assert (taken[2].shard, taken[3]) == (short, failed)
+
+
+def test_an_impatient_taker_gets_nothing_in_time(plan):
+    async def take():
+        queue = PieceQueue(plan.shards[:1])
+        await queue.take("bf16")
+        return await queue.take("bf16", patience_s=0.01), queue.closed
+
+    assert asyncio.run(take()) == (None, False)
+
+
+def test_a_new_replica_goes_where_most_waits_for_each(plan):
+    queue = PieceQueue([*plan.shards, *plan.shards[:2]])  # four of each
+    assert queue.neediest({"bf16": 1}) == "ternary"
+    assert queue.neediest({"bf16": 1, "ternary": 2}) == "bf16"

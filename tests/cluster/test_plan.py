@@ -8,6 +8,7 @@ from cluster_fakes import FINGERPRINTS, PROFILE, SAMPLING, small_plan, small_wor
 
 from bitflux_core.errors import UserError
 from cluster.plan import build_plan
+from cluster.profile import Profile
 from cluster.workload import PromptRecord, Workload
 
 
@@ -57,6 +58,32 @@ def test_the_digest_covers_what_results_depend_on_and_nothing_else():
     assert small_plan(variants=("ternary", "bf16")).digest == base.digest
     assert small_plan(PROFILE.model_copy(update={"name": "other"})).digest == base.digest
     assert base.run_id == base.digest[:16]
+
+
+def test_shards_are_sized_by_what_they_should_take():
+    def sizes(**changes):
+        profile = Profile.model_validate(PROFILE.model_dump() | changes)
+        plan = build_plan(profile, [small_workload()], ("bf16",), fingerprints=FINGERPRINTS)
+        return [len(shard.samples) for shard in plan.shards], plan.digest
+
+    as_declared, digest = sizes()
+    assert as_declared == [8, 8, 4]
+    step_s = PROFILE.cost.megapixel_step
+    assert sizes(shard_seconds=4.0)[0] == [4] * 5
+    assert sizes(cost={"megapixel_step": 2 * step_s})[0] == [4] * 5
+    assert sizes(cost={"megapixel_step": step_s, "evaluators": {"toy-evaluator": 1.0}})[0] == [4] * 5
+    assert sizes(cost={"megapixel_step": step_s, "evaluators": {"another": 1.0}}) == (as_declared, digest)
+    assert sizes(cost={"megapixel_step": step_s / 1e6})[0] == [20]  # all in one
+    assert sizes(shard_seconds=1e-6)[0] == [4] * 5  # a batch is never cut
+    assert len({digest, sizes(shard_seconds=4.0)[1], sizes(shard_seconds=12.0)[1]}) == 3
+
+
+def test_a_shards_images_fit_in_rays_store():
+    huge = Profile.model_validate(
+        PROFILE.model_dump() | {"sampling": {**vars(SAMPLING), "width": 4096, "height": 4096}}
+    )
+    plan = build_plan(huge.model_copy(update={"shard_seconds": 1e9}), [small_workload()], ("bf16",))
+    assert [len(shard.samples) for shard in plan.shards] == [4] * 5  # 200 MB each
 
 
 def test_two_workloads_of_one_name_are_refused():
