@@ -16,11 +16,12 @@ from cluster.actor_slot import ActorSlot
 from cluster.embeddings import Embeddings
 from cluster.evaluator import ImageToScore
 from cluster.faults import explain, is_lost_object, is_machines_fault
+from cluster.ledger import Ledger
 from cluster.limits import Limits
 from cluster.observer import Observer, Stage
 from cluster.pace import Pace
 from cluster.pieces import Piece, PieceQueue, padded_batches
-from cluster.plan import Plan, Shard, ShardKey
+from cluster.plan import Plan, Shard
 from cluster.pool import Replica, ReplicaPool
 from cluster.pool_size import PoolSize
 from cluster.rows import DrawReport, ModelUse, Row, ScoredImage, failed_rows, scored_rows
@@ -61,15 +62,14 @@ class Scheduler:
         committed: Callable[[list[Row]], None],
         observer: Observer,
     ) -> None:
-        """`proven` are the variants that gave an image before; `committed` is called with the rows of every shard once
-        its file is in the store."""
+        """`proven` are the variants that gave an image before; `committed` is called as Ledger calls it."""
         self._plan = plan
-        self._store = store
+        self._run_id = store.run_id
         self._size = size
         self._limits = limits
         self._proven = set(proven)
-        self._committed = committed
         self._observer = observer
+        self._ledger = Ledger(shards, store, committed, observer)
         self._pace = Pace(limits)
         self._queue = PieceQueue(shards)
         self._assignments = Assignments(self._pace, limits.late_floor_s / 4)
@@ -83,10 +83,6 @@ class Scheduler:
         self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue()
         # Pieces that may be drawn and not yet scored: those in the evaluators' hands, and one more for each replica.
         self._buffer = asyncio.Semaphore(LANES * workers.evaluators)
-        self._unfinished = {shard.key for shard in shards}
-        self._begun: dict[ShardKey, float] = {}
-        self._rows: dict[ShardKey, dict[int, Row]] = {}
-        self._uses: dict[ShardKey, ModelUse] = {}
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,7 +136,7 @@ class Scheduler:
         told = -1
         while True:
             wanted = await asyncio.to_thread(self._size.wanted)
-            for replica in self._pool.grow(wanted, len(self._unfinished), self._queue.neediest):
+            for replica in self._pool.grow(wanted, len(self._ledger.unfinished), self._queue.neediest):
                 self._buffer.release()
                 self._watch(self._serve_replica(replica))
             for slots in ([self._encoder], self._evaluators, self._replica_slots()):
@@ -173,7 +169,7 @@ class Scheduler:
             if assignment is None:
                 continue
             key = assignment.piece.shard.key
-            self._begun.setdefault(key, _now())
+            self._ledger.begin(key)
             replica.variant = key.variant
             replica.in_hand += 1
             try:
@@ -261,9 +257,8 @@ class Scheduler:
         else:
             if any(image.error is None for image in scored):
                 self._proven.add(key.variant)
-            self._uses[key] = drawn.report.use.joined(self._uses.get(key))
-            rows = scored_rows(self._plan, self._store.run_id, drawn.piece, drawn.report, scored, drawn.worker)
-            self._settle(drawn.piece, rows)
+            rows = scored_rows(self._plan, self._run_id, drawn.piece, drawn.report, scored, drawn.worker)
+            self._settle(drawn.piece, rows, drawn.report.use)
         self._buffer.release()
 
     async def _score(self, slot: ActorSlot, piece: Piece, images: Any) -> list[ScoredImage]:
@@ -299,32 +294,21 @@ class Scheduler:
                 self._queue.put(half)
         elif piece.shard.key.variant in self._proven:
             self._observer.quarantined(1)
-            self._settle(piece, failed_rows(self._plan, self._store.run_id, piece, message))
+            self._settle(piece, failed_rows(self._plan, self._run_id, piece, message))
         else:
             # Error rows are for good, so they are not written for what may be the models' or the machine's fault.
             raise RunStopped(f"no image of variant {piece.shard.key.variant} could be made: {message}")
         return None
 
-    def _settle(self, piece: Piece, rows: dict[int, Row]) -> None:
-        """Keeps a piece's rows until its shard has all of them, then commits the shard."""
-        kept = self._rows.setdefault(piece.shard.key, {})
-        kept.update(rows)
-        if len(kept) == len(piece.shard.samples):
+    def _settle(self, piece: Piece, rows: dict[int, Row], use: ModelUse | None = None) -> None:
+        """Keeps a piece's rows, and commits its shard once that is whole."""
+        if self._ledger.keep(piece, rows, use):
             self._watch(self._commit(piece.shard), commit=True)
 
     async def _commit(self, shard: Shard) -> None:
-        begun = _now()
-        by_position = self._rows.pop(shard.key)
-        rows = [by_position[position] for position in sorted(by_position)]
-        await asyncio.to_thread(self._store.commit, shard.key, rows, self._uses.pop(shard.key, None))
+        await self._ledger.commit(shard)
         self._embeddings.release(shard)
-        self._unfinished.discard(shard.key)
-        self._observer.stage_ended("commit", _now() - begun)
-        self._observer.shard_committed(
-            shard.key.variant, shard.key.benchmark, len(rows), _now() - self._begun.pop(shard.key)
-        )
-        self._committed(rows)
-        if not self._unfinished:
+        if not self._ledger.unfinished:
             self._queue.close()
             self._end(None)
 
@@ -336,7 +320,3 @@ def _check(slots: Sequence[ActorSlot]) -> None:
         told = list(dict.fromkeys(str(reason) for reason in reasons))
         more = f"; and {len(told) - REASONS} more" if len(told) > REASONS else ""
         raise RunStopped("; ".join(told[:REASONS]) + more)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -51,9 +51,10 @@ def undisturbed(tmp_path_factory):
 def nodes(ray_cluster):
     """Adds nodes of one GPU (a number that Ray believes), and removes those that are left."""
     added = []
+    ray_cluster._shutdown_at_exit = False  # it would set signal handlers, which only the main thread may
 
     def add():
-        added.append(ray_cluster.add_node(num_cpus=0, num_gpus=1, object_store_memory=80_000_000))
+        added.append(ray_cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80_000_000))
         return added[-1]
 
     def remove(node):
@@ -101,14 +102,14 @@ def test_a_node_that_dies_takes_no_row_with_it(plan, store, tmp_path, nodes, und
     nodes()
     second = nodes()
     with meanwhile(lambda: len(draws(tmp_path)) > 8, lambda: nodes.remove(second)):
-        rows = finish(plan, store, Faults(tmp_path, seconds=0.3), replicas=2)
+        rows = finish(plan, store, Faults(tmp_path, seconds=0.15), replicas=2)
     assert by_id(rows) == undisturbed
 
 
 def test_a_node_that_joins_gets_a_replica(plan, store, tmp_path, nodes, undisturbed):
     nodes()
     with meanwhile(lambda: len(draws(tmp_path)) > 2, nodes):
-        rows = finish(plan, store, Faults(tmp_path, seconds=0.5))
+        rows = finish(plan, store, Faults(tmp_path, seconds=0.4))
     assert by_id(rows) == undisturbed
     assert {row["worker"].split("@")[0] for row in rows} == {"replica-0", "replica-1"}
 
