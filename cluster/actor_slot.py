@@ -5,7 +5,7 @@ Ray's own restarts are left off: they lose count of what was running, and do not
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,20 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from bitflux_core.errors import UserError
-from cluster.faults import ACTOR_GONE, ActorHung, ActorLost, ModelLoadError, explain, is_machines_fault, is_node_gone
+from cluster.faults import (
+    ACTOR_GONE,
+    ActorHung,
+    ActorLost,
+    ModelLoadError,
+    RunStopped,
+    explain,
+    is_machines_fault,
+    is_node_gone,
+)
 from cluster.limits import Limits
 
+LANES = 2  # calls sent to an actor: one is worked on while the next one waits with its inputs at hand
+REASONS = 3  # of actors that do not start: more say nothing new
 TOLERATED = 3  # failures in a row before an actor rests: isolating a poisoned sample takes about as many
 LONGEST_REST_S = 30.0
 
@@ -240,6 +251,15 @@ class ActorSlot:
 
     def _no_answer(self) -> str:
         return f"no answer in {self._limits.start_timeout_s:.0f} s; does the cluster have room for it?"
+
+
+def check_left(slots: Sequence[ActorSlot]) -> None:
+    """Raises RunStopped once none of these slots has an actor, or will have: nobody is left to do their work."""
+    reasons = [slot.stuck() for slot in slots]
+    if reasons and all(reasons):
+        told = list(dict.fromkeys(str(reason) for reason in reasons))
+        more = f"; and {len(told) - REASONS} more" if len(told) > REASONS else ""
+        raise RunStopped("; ".join(told[:REASONS]) + more)
 
 
 async def _result(reference: Any) -> Any:

@@ -42,6 +42,10 @@ class ActorLost(Exception):
         self.blamed = blamed
 
 
+class RunStopped(Exception):
+    """The run cannot go on, or was told to end; what is committed stays, and the same command resumes."""
+
+
 class ActorHung(Exception):
     """A call took far longer than its like."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bitflux_core.errors import UserError
 from cluster.audit import ModelMetrics, ShardRecord, build_manifest, metrics, scan
 from cluster.compaction import compact
+from cluster.faults import RunStopped
 from cluster.limits import Limits
 from cluster.observer import Observer, SilentObserver
 from cluster.plan import Plan, ShardKey
@@ -17,7 +18,7 @@ from cluster.pool_size import PoolSize
 from cluster.profile import Profile
 from cluster.provenance import begin_session, sessions
 from cluster.rows import Row
-from cluster.scheduler import RunStopped, Scheduler
+from cluster.scheduler import Scheduler
 from cluster.store import ResultStore, StorageError
 from cluster.workers import Workers, model_workers
 

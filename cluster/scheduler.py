@@ -7,15 +7,16 @@ The buffer between them is bounded, so replicas wait for slow evaluators.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from ray.exceptions import RayError
+
 from bitflux_core.errors import UserError
-from cluster.actor_slot import ActorSlot
+from cluster.actor_slot import LANES, ActorSlot, check_left
 from cluster.embeddings import Embeddings
-from cluster.evaluator import ImageToScore
-from cluster.faults import explain, is_lost_object, is_machines_fault
+from cluster.faults import RunStopped, explain, is_machines_fault
 from cluster.ledger import Ledger
 from cluster.limits import Limits
 from cluster.observer import Observer, Stage
@@ -23,28 +24,14 @@ from cluster.pace import Pace
 from cluster.pieces import Piece, PieceQueue, padded_batches
 from cluster.plan import Plan, Shard
 from cluster.pool import Replica, ReplicaPool
-from cluster.pool_size import PoolSize
-from cluster.rows import DrawReport, ModelUse, Row, ScoredImage, failed_rows, scored_rows
-from cluster.store import ResultStore, StorageError
+from cluster.pool_size import GpuType, PoolSize
+from cluster.rows import ModelUse, Row, ScoredImage, failed_rows, scored_rows
+from cluster.scoring import Drawn, Scoring
+from cluster.store import ResultStore
 from cluster.stragglers import Assignment, Assignments
 from cluster.workers import Workers
 
-LANES = 2
-REASONS = 3  # of actors that do not start: more say nothing new
-
 log = logging.getLogger(__name__)
-
-
-class RunStopped(Exception):
-    """The run cannot go on, or was told to end; what is committed stays, and the same command resumes."""
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    piece: Piece
-    report: DrawReport
-    images: Any
-    worker: str
 
 
 class Scheduler:
@@ -75,14 +62,17 @@ class Scheduler:
         self._assignments = Assignments(self._pace, limits.late_floor_s / 4)
         self._pool = ReplicaPool(workers, limits, size.speed)
         self._encoder = ActorSlot("text-encoder", workers.text_encoder, lambda actor: actor.start.remote(), limits)
-        self._evaluators = [
-            ActorSlot(f"evaluator-{i}", workers.evaluator, lambda actor: actor.start.remote(), limits)
-            for i in range(workers.evaluators)
-        ]
         self._embeddings = Embeddings(self._encode, shards)
-        self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue()
-        # Pieces that may be drawn and not yet scored: those in the evaluators' hands, and one more for each replica.
-        self._buffer = asyncio.Semaphore(LANES * workers.evaluators)
+        self._scoring = Scoring(
+            plan,
+            workers,
+            limits,
+            self._pace,
+            observer,
+            scored=self._keep_scores,
+            failed=lambda piece, error: self._failed(piece, "score", error),
+            redraw=self._queue.put,
+        )
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,8 +82,8 @@ class Scheduler:
         """Returns once every shard is committed. Raises RunStopped with the reason where it ends before that, and
         UserError for a mistake that an actor found."""
         self._watch(self._start_encoder())
-        for evaluator in self._evaluators:
-            self._watch(self._serve_evaluator(evaluator))
+        for slot in self._scoring.slots:
+            self._watch(self._scoring.serve(slot))
         self._watch(self._keep_pool())
         try:
             await self._ended.wait()
@@ -103,7 +93,7 @@ class Scheduler:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for slot in (self._encoder, *self._evaluators, *self._replica_slots()):
+            for slot in (self._encoder, *self._scoring.slots, *self._replica_slots()):
                 slot.stop()
         if self._error:
             raise self._error
@@ -133,14 +123,18 @@ class Scheduler:
 
     async def _keep_pool(self) -> None:
         """Starts replicas as the cluster gets room for them, and ends the run where actors of one kind are all gone."""
+        wanted: Mapping[GpuType, int] = {}
         told = -1
         while True:
-            wanted = await asyncio.to_thread(self._size.wanted)
+            try:
+                wanted = await asyncio.to_thread(self._size.wanted)
+            except RayError as error:
+                log.warning("the cluster does not say what it holds: %s", explain(error))
             for replica in self._pool.grow(wanted, len(self._ledger.unfinished), self._queue.neediest):
-                self._buffer.release()
+                self._scoring.widen()
                 self._watch(self._serve_replica(replica))
-            for slots in ([self._encoder], self._evaluators, self._replica_slots()):
-                _check(slots)
+            for slots in ([self._encoder], self._scoring.slots, self._replica_slots()):
+                check_left(slots)
             if self._pool.running != told:
                 told = self._pool.running
                 self._observer.pool_size(told)
@@ -151,15 +145,11 @@ class Scheduler:
 
     async def _start_encoder(self) -> None:
         await self._encoder.ready()
-        _check([self._encoder])
-
-    async def _serve_evaluator(self, slot: ActorSlot) -> None:
-        await asyncio.gather(*(self._score_lane(slot) for _ in range(LANES)))
-        _check(self._evaluators)
+        check_left([self._encoder])
 
     async def _serve_replica(self, replica: Replica) -> None:
         await asyncio.gather(*(self._draw_lane(replica) for _ in range(LANES)))
-        _check(self._replica_slots())
+        check_left(self._replica_slots())
 
     async def _draw_lane(self, replica: Replica) -> None:
         """Pulls and draws pieces until the work is done or the replica's slot is retired."""
@@ -177,15 +167,14 @@ class Scheduler:
             finally:
                 replica.in_hand -= 1
             if drawn:
-                await self._buffer.acquire()
-                self._drawn.put_nowait(drawn)
+                await self._scoring.put(drawn)
                 del drawn  # the evaluators hold its images from here on
 
     async def _take(self, replica: Replica) -> Assignment | None:
         """The next piece for a replica: a new one, or one that is late elsewhere. None where it should ask again."""
         name = replica.slot.name
         # The last pieces are for replicas with nothing to do, not for prefetching.
-        leave = self._pool.running - 1 if replica.in_hand else 0
+        leave = max(0, self._pool.running - 1) if replica.in_hand else 0
         patience_s = None if replica.in_hand else self._assignments.next_late_s(name)
         piece = await self._queue.take(replica.variant, leave, patience_s)
         if piece:
@@ -194,7 +183,7 @@ class Scheduler:
             return None
         return self._assignments.late(name)
 
-    async def _draw(self, replica: Replica, assignment: Assignment) -> _Drawn | None:
+    async def _draw(self, replica: Replica, assignment: Assignment) -> Drawn | None:
         """What the replica drew. None where that failed, or where another replica was quicker."""
         piece, slot = assignment.piece, replica.slot
         variant = piece.shard.key.variant
@@ -209,7 +198,7 @@ class Scheduler:
         except UserError:
             raise
         except Exception as error:
-            _check([self._encoder])
+            check_left([self._encoder])
             self._embeddings.forget(prompts)
             if self._assignments.end(assignment, slot.name, drawn=False):
                 if again := self._failed(assignment.piece, "draw", error):
@@ -221,7 +210,7 @@ class Scheduler:
         self._observer.stage_ended("draw", seconds)
         self._observer.replica_busy(slot.name, sum(report.seconds))
         if self._assignments.end(assignment, slot.name, drawn=True):
-            return _Drawn(assignment.piece, report, images, slot.name)
+            return Drawn(assignment.piece, report, images, slot.name)
         return None
 
     async def _encode(self, prompts: list[str]) -> list[Any]:
@@ -233,48 +222,11 @@ class Scheduler:
         self._observer.stage_ended("encode", seconds)
         return references
 
-    async def _score_lane(self, slot: ActorSlot) -> None:
-        while await slot.ready():
-            await slot.rest(self._evaluators)
-            await self._score_drawn(slot, await self._drawn.get())
-
-    async def _score_drawn(self, slot: ActorSlot, drawn: _Drawn) -> None:
-        """Scores a piece's images and keeps its rows. Where that fails, the same images are tried again until the piece
-        has to be cut, unless they are lost."""
-        key = drawn.piece.shard.key
-        try:
-            scored = await self._score(slot, drawn.piece, drawn.images)
-        except (UserError, StorageError):
-            raise
-        except Exception as error:
-            _check(self._evaluators)
-            again = self._failed(drawn.piece, "score", error)
-            if again and not is_lost_object(error):
-                self._drawn.put_nowait(replace(drawn, piece=again))
-                return
-            if again:
-                self._queue.put(again)
-        else:
-            if any(image.error is None for image in scored):
-                self._proven.add(key.variant)
-            rows = scored_rows(self._plan, self._run_id, drawn.piece, drawn.report, scored, drawn.worker)
-            self._settle(drawn.piece, rows, drawn.report.use)
-        self._buffer.release()
-
-    async def _score(self, slot: ActorSlot, piece: Piece, images: Any) -> list[ScoredImage]:
-        key = piece.shard.key
-        prompts = self._plan.workloads[key.benchmark].prompts
-        wanted = [
-            ImageToScore(sample.prompt_index, sample.image_index, prompts[sample.prompt_index].metadata)
-            for sample in piece.samples
-        ]
-        kind = ("score", key.benchmark)
-        scored, _, seconds = await slot.call(
-            lambda actor: actor.score.remote(key, wanted, images), lambda: self._pace.timeout(kind, len(wanted))
-        )
-        self._pace.observe(kind, len(wanted), seconds)
-        self._observer.stage_ended("score", seconds)
-        return scored
+    def _keep_scores(self, drawn: Drawn, scores: list[ScoredImage]) -> None:
+        if any(image.error is None for image in scores):
+            self._proven.add(drawn.piece.shard.key.variant)
+        rows = scored_rows(self._plan, self._run_id, drawn.piece, drawn.report, scores, drawn.worker)
+        self._settle(drawn.piece, rows, drawn.report.use)
 
     def _failed(self, piece: Piece, stage: Stage, error: Exception) -> Piece | None:
         """The piece if it is to be tried again as it is; None once it was cut, or its only sample given up."""
@@ -311,12 +263,3 @@ class Scheduler:
         if not self._ledger.unfinished:
             self._queue.close()
             self._end(None)
-
-
-def _check(slots: Sequence[ActorSlot]) -> None:
-    """Ends the run once none of these slots has an actor, or will have: nobody is left to do their work."""
-    reasons = [slot.stuck() for slot in slots]
-    if reasons and all(reasons):
-        told = list(dict.fromkeys(str(reason) for reason in reasons))
-        more = f"; and {len(told) - REASONS} more" if len(told) > REASONS else ""
-        raise RunStopped("; ".join(told[:REASONS]) + more)
