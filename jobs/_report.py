@@ -21,6 +21,7 @@ Rows = dict[tuple[str, str], list[dict]]  # by variant and benchmark
 
 BASELINE = "bf16"
 ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score"]
+HALVED = "drawn_batch_size"
 MEMORY = {
     "cuda-peak": "peak memory (all that CUDA allocated)",
     "cpu-resident": "memory (transformer's resident bytes, CPU)",
@@ -40,7 +41,8 @@ class Scores:
 def scores_of(plan: Plan, store: ResultStore) -> Scores:
     """The scores of a run, as far as it is drawn."""
     rows: Rows = defaultdict(list)
-    for row in store.read_rows(partial=True).select(ROW_COLUMNS).to_pylist():
+    table = store.read_rows(partial=True)
+    for row in table.select(ROW_COLUMNS).to_pylist():
         rows[row["variant"], row["benchmark"]].append(row)
     expected = images_by_tag(plan)
     estimates = {
@@ -61,6 +63,14 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
     console.print(f"results: {store.run_uri}", soft_wrap=True)
+    # Files of schema version 1 have no such column.
+    halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
+    if halved:
+        print(
+            f"{halved} images were drawn in smaller batches than planned, for lack of memory: the column `{HALVED}` of "
+            "the results says which; another machine may draw their last bits differently",
+            file=sys.stderr,
+        )
     if summary.n_failed:
         print(f"{summary.n_failed} images failed; the column `error` of the results says why", file=sys.stderr)
     if not summary.complete:

@@ -78,6 +78,7 @@ class Faults:
     score_hang_once: bool = False
     start: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    gather: int = 0  # replicas that must have started before the third shard is drawn
     driver: int = field(default_factory=os.getpid)
 
     def first_time(self, name: str) -> bool:
@@ -99,6 +100,10 @@ class Faults:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
         if seed in self.unavailable_once_on and self.first_time(f"unavailable-{seed}"):
             raise ActorUnavailableError("no route", b"\0" * 16)
+
+    def wait_for_all(self) -> None:
+        while len(draws(self.folder)) >= 16 and len(list(self.folder.glob("replica-*.pid"))) < self.gather:
+            time.sleep(0.05)
 
     def die(self) -> None:
         """Ends the actor's process, or what stands for it where the actor lives in the driver's own."""
@@ -135,6 +140,7 @@ class FakeReplica:
     def _images(self, variant: str, seeds: tuple[int, ...]) -> np.ndarray:
         if len(seeds) > self._faults.memory or self._faults.greedy & set(seeds):
             raise MemoryError(f"{len(seeds)} images do not fit")
+        self._faults.wait_for_all()
         for seed in dict.fromkeys(seeds):  # padding repeats one
             time.sleep(self._faults.seconds)
             self._faults.strike(seed)

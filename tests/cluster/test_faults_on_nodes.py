@@ -109,7 +109,7 @@ def test_a_node_that_dies_takes_no_row_with_it(plan, store, tmp_path, nodes, und
 def test_a_node_that_joins_gets_a_replica(plan, store, tmp_path, nodes, undisturbed):
     nodes()
     with meanwhile(lambda: len(draws(tmp_path)) > 2, nodes):
-        rows = finish(plan, store, Faults(tmp_path, seconds=0.4))
+        rows = finish(plan, store, Faults(tmp_path, seconds=0.1, gather=2))
     assert by_id(rows) == undisturbed
     assert {row["worker"].split("@")[0] for row in rows} == {"replica-0", "replica-1"}
 

@@ -157,3 +157,20 @@ def test_a_shard_keeps_what_its_model_took(plan, store):
     assert (record.use, record.n_rows, record.n_failed, record.seconds) == (USE, 8, 8, [])
     assert USE.joined(replace(USE, peak_memory_bytes=9)).peak_memory_bytes == 9
     assert json.loads(store.read("_plan.json"))["images"] == plan.n_samples
+
+
+def test_memory_of_different_kinds_is_not_compared():
+    """A run begun on CPUs and resumed on GPUs, or the other way: the figure is the GPUs', whichever came first."""
+    cpu = ModelUse(1000, 9000, "cpu-resident", "cpu")
+    gpu = ModelUse(1000, 2000, "cuda-peak", "NVIDIA H100")
+    assert cpu.joined(gpu) == gpu.joined(cpu) == gpu
+
+
+def test_a_plan_is_withdrawn_only_while_nothing_is_committed(plan, store):
+    store.open(plan)
+    store.withdraw()
+    assert store.plan_digest() is None
+    store.open(plan)
+    store.commit(plan.shards[0].key, [], None)
+    store.withdraw()
+    assert store.plan_digest() == plan.digest

@@ -29,7 +29,7 @@ def plan_of(*variants: str) -> Plan:
 def report(tmp_path: Path):
     """Commits a score for every sample of a plan, and returns the comparisons and the words of what is printed."""
 
-    def run(plan: Plan, score: Scorer, n_failed: int = 0):
+    def run(plan: Plan, score: Scorer, n_failed: int = 0, halved: str | None = None):
         store = ResultStore(str(tmp_path), "mine")
         store.open(plan)
         for shard in plan.shards:
@@ -41,6 +41,7 @@ def report(tmp_path: Path):
                     "tag": sample.tag,
                     "prompt_index": sample.prompt_index,
                     "score": score(shard.key.variant, sample),
+                    "drawn_batch_size": 2 if sample.tag == halved else None,
                 }
                 for sample in shard.samples
             ]
@@ -92,3 +93,9 @@ def test_failures_are_counted_and_said(report, capsys):
     _, lines = report(plan_of("bf16", "ternary"), score, n_failed=4)
     assert ["mini-geneval", "colors", "-", "-", "-", "-", "4", "4"] in lines
     assert "4 images failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("halved", ["counting", None])
+def test_images_drawn_in_smaller_batches_are_counted(report, capsys, halved):
+    report(plan_of("bf16", "ternary"), lambda variant, sample: 1.0, halved=halved)
+    assert ("8 images were drawn in smaller batches than planned" in capsys.readouterr().err) == bool(halved)
