@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ def run(
             scheduler = Scheduler(plan, missing, store, workers, size, limits, proven, counter.add, observer)
             reason = asyncio.run(_draw(scheduler))
         except UserError:
-            store.withdraw()
+            with suppress(OSError):
+                store.withdraw()
             raise
         counter.report("verifying")
         try:

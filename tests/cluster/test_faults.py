@@ -2,12 +2,16 @@
 undisturbed run, after a bounded number of attempts."""
 
 import asyncio
+import gc
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cluster_fakes import (
+    FINGERPRINTS,
     MOST_ATTEMPTS,
     PROFILE,
     FakeReplica,
@@ -17,11 +21,13 @@ from cluster_fakes import (
     fake_workers,
     finished_run,
     small_plan,
+    small_workload,
 )
 from in_process import ProcessEnded, in_process
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError
 
 from cluster.limits import Limits
+from cluster.plan import build_plan
 from cluster.run import run
 from cluster.store import ResultStore
 
@@ -335,3 +341,29 @@ def test_a_models_fault_leaves_the_runs_name_free(plan, store, tmp_path):
         run(plan, PROFILE, None, store, workers=fake_workers(faults, store), replicas=1)
     mended = replace(plan, fingerprints={**plan.fingerprints, "ternary": "mended"})
     finish(mended, store, Faults(tmp_path))
+
+
+def test_images_are_let_go_as_soon_as_they_are_scored(store, tmp_path):
+    """However long the run: the buffer's two places for each evaluator and one for each replica, and one for each of
+    the replicas' lanes."""
+    plan = build_plan(PROFILE, [small_workload(prompts_a_tag=40)], ("bf16", "ternary"), fingerprints=FINGERPRINTS)
+    alive = weakref.WeakSet()
+    most = []
+
+    class Image(np.ndarray):
+        __hash__ = object.__hash__
+
+    class Watched(FakeReplica):
+        def draw(self, *args):
+            report, images = super().draw(*args)
+            alive.add(images := images.view(Image))
+            most.append(len(alive))
+            return report, images
+
+    faults = Faults(tmp_path)
+    workers = replace(fake_workers(faults, store), replica=in_process(Watched, faults))
+    finish(plan, store, faults, workers=workers)
+    assert len(most) == len(plan.shards) == 40
+    assert max(most) <= 2 + 2 + 4
+    gc.collect()
+    assert not alive
