@@ -227,6 +227,25 @@ def test_the_run_goes_on_while_a_lost_replica_finds_no_room(plan, store, tmp_pat
     assert len(made) == 3
 
 
+def test_the_run_goes_on_without_a_replica_that_fails_to_start(plan, store, tmp_path, undisturbed):
+    made = []
+
+    class Broken(FakeReplica):
+        def __init__(self, faults):
+            super().__init__(faults)
+            made.append(self)
+            self.broken = len(made) > 1
+
+        def start(self, variant):
+            if self.broken:
+                raise RuntimeError("no driver on this machine")
+
+    faults = Faults(tmp_path)
+    workers = replace(fake_workers(faults, store), replica=in_process(Broken, faults))
+    assert by_id(finish(plan, store, faults, workers=workers)) == undisturbed
+    assert len(made) <= 1 + PATIENT.starts
+
+
 def test_a_run_without_any_replica_left_ends_with_the_reason(plan, store, tmp_path):
     made = []
 
