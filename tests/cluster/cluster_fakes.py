@@ -130,24 +130,29 @@ class FakeReplica:
 
     def draw(self, variant: str, batches: tuple[DrawBatch, ...], *embeddings: str):
         assert all(len(batch.noise_seeds) == len(batch.prompts) == PROFILE.batch_size for batch in batches)
-        assert all(embedding.startswith("encoded ") for embedding in embeddings)
+
+        def images(prompts: tuple[int, ...], seeds: tuple[int, ...]) -> np.ndarray:
+            if len(seeds) > self._faults.memory or self._faults.greedy & set(seeds):
+                raise MemoryError(f"{len(seeds)} images do not fit")
+            self._faults.wait_for_all()
+            slots = {seed: embeddings[prompt] for prompt, seed in zip(prompts, seeds, strict=True)}
+            drawn = {seed: self._image(variant, seed, embedding) for seed, embedding in slots.items()}
+            return np.stack([drawn[seed] for seed in seeds])  # padding repeats one
+
         with poisoned_process_ends():
-            drawn = draw_batches(lambda _, seeds: self._images(variant, seeds), batches, lambda: None)
+            drawn = draw_batches(images, batches, lambda: None)
         use = ModelUse(1000, 2000, "cpu-resident", "cpu")
         seconds = (0.5,) * len(drawn.images)
         return DrawReport(seconds, f"host:{os.getpid()}", use, drawn.batch_sizes), drawn.images
 
-    def _images(self, variant: str, seeds: tuple[int, ...]) -> np.ndarray:
-        if len(seeds) > self._faults.memory or self._faults.greedy & set(seeds):
-            raise MemoryError(f"{len(seeds)} images do not fit")
-        self._faults.wait_for_all()
-        for seed in dict.fromkeys(seeds):  # padding repeats one
-            time.sleep(self._faults.seconds)
-            self._faults.strike(seed)
-            with (self._faults.folder / "draws.txt").open("a") as file:
-                file.write(f"{variant} {seed}\n")
-        colors = [np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8) for seed in seeds]
-        return np.stack([np.tile(color.reshape(4, 4, 3), (4, 4, 1)) for color in colors])
+    def _image(self, variant: str, seed: int, embedding: str) -> np.ndarray:
+        assert embedding.startswith("encoded ")
+        time.sleep(self._faults.seconds)
+        self._faults.strike(seed)
+        with (self._faults.folder / "draws.txt").open("a") as file:
+            file.write(f"{variant} {seed}\n")
+        color = np.frombuffer(f"{variant}{seed}".encode().ljust(48)[:48], np.uint8).reshape(4, 4, 3)
+        return np.tile(color, (4, 4, 1))
 
 
 class FakeEncoder:

@@ -279,9 +279,10 @@ def test_room_that_appears_is_used(plan, store, tmp_path, undisturbed, monkeypat
         def __getattr__(self, name):
             return lambda *args: sizes.append(args[0]) if name == "pool_size" else None
 
-    class Slow(FakeReplica):
+    class Waiting(FakeReplica):
         async def draw(self, *args):
-            await asyncio.sleep(0.1)
+            while len(nodes) == 2 and 3 not in sizes:
+                await asyncio.sleep(0.01)
             return super().draw(*args)
 
     def add_nodes(event):
@@ -289,7 +290,7 @@ def test_room_that_appears_is_used(plan, store, tmp_path, undisturbed, monkeypat
             nodes.append({"CPU": 4, "GPU": 2})
 
     faults = Faults(tmp_path)
-    workers = replace(fake_workers(faults, store), replica=in_process(Slow, faults))
+    workers = replace(fake_workers(faults, store), replica=in_process(Waiting, faults))
     options = {"workers": workers, "replicas": None, "progress": add_nodes, "observer": Observing()}
     rows = finish(plan, store, faults, **options)
     assert by_id(rows) == undisturbed
