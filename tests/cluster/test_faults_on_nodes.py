@@ -149,7 +149,7 @@ def test_a_late_piece_is_drawn_a_second_time(plan, store, tmp_path, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hang_on", "poison_cuda_on", "greedy"])
+@pytest.mark.parametrize("kind", ["hang_on", "poison_cuda_on"])
 def test_a_poisoned_sample_alone_becomes_an_error(store, tmp_path, undisturbed, kind):
     plan = small_plan(variants=("bf16",))
     bad = plan.shards[2].samples[2]
