@@ -18,7 +18,7 @@ import ray
 from bitflux_core.samples import Sampling
 from cluster.audit import scan
 from cluster.plan import Plan, build_plan
-from cluster.profile import Models, Profile
+from cluster.profile import Cost, Models, Profile
 from cluster.run import Progress, run
 from cluster.store import ResultStore
 from cluster.stub_workers import DrawLog, Gate, StubEncoder, StubEvaluator, StubReplica
@@ -215,7 +215,9 @@ def _profile(batches_per_shard: int = 1) -> Profile:
         models=Models(pipeline="stub", detector="stub", clip="stub"),
         sampling=Sampling(width=1024, height=1024, steps=50, guidance=3.5, max_sequence_length=512),
         batch_size=BATCH,
-        batches_per_shard=batches_per_shard,
+        # Drawing that takes next to nothing, and a second of scoring: both together make an image's expected seconds.
+        cost=Cost(megapixel_step=1e-9, evaluators={"stub": SECONDS_A_SAMPLE}),
+        shard_seconds=batches_per_shard * BATCH * SECONDS_A_SAMPLE,
         dtype="bfloat16",
         benchmarks=("stub",),
         variants=("stub",),

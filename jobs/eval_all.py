@@ -90,6 +90,7 @@ def _planned(args: Namespace) -> tuple[Profile, Plan]:
 def _draw(args: Namespace, profile: Profile, plan: Plan, verdict: Verdict) -> tuple[Plan, ResultStore, "RunSummary"]:
     """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
     # Importing torch takes longest: only after what can be refused without it.
+    from cluster.metrics import RayMetrics
     from cluster.output import alive_nodes, check_output
     from cluster.run import run
 
@@ -106,7 +107,8 @@ def _draw(args: Namespace, profile: Profile, plan: Plan, verdict: Verdict) -> tu
         if not complete:
             check_output(_asked(args), alive_nodes(), submitted)
         with ProgressReport(console_on(sys.stderr)) as progress:
-            summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress)
+            observer = None if complete else RayMetrics(store.run_id)
+            summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress, observer=observer)
     return plan, store, summary
 
 

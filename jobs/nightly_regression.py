@@ -146,6 +146,7 @@ class _Prepared:
 
     def night(self, files: "NightFiles", name: str, profile: Profile) -> dict[str, Any]:
         """Draws, judges and writes a night of `profile`, which may name other models than the prepared one."""
+        from cluster.metrics import RayMetrics
         from cluster.night_report import write_night
         from cluster.nightly import run_night
         from cluster.run import run
@@ -157,7 +158,16 @@ class _Prepared:
         def draw(plan: Plan, store: ResultStore, stored: "StoredImages | None") -> "RunSummary":
             workers = with_stored_images(model_workers(plan, profile, models, store), stored) if stored else None
             with ProgressReport(console_on(sys.stderr)) as progress:
-                return run(plan, profile, models, store, replicas=self._replicas, progress=progress, workers=workers)
+                return run(
+                    plan,
+                    profile,
+                    models,
+                    store,
+                    replicas=self._replicas,
+                    progress=progress,
+                    workers=workers,
+                    observer=RayMetrics(store.run_id),
+                )
 
         plans = self._plans.with_canary(profile, self._workloads, self._gates.canary).known(fingerprints)
         night = run_night(name, plans, self._gates, files, draw)
