@@ -36,6 +36,7 @@ class Scores:
 
     estimates: dict[tuple[str, str], list[Estimate]]  # by variant and benchmark
     comparisons: list[Comparison]
+    n_halved: int  # images drawn in smaller batches than planned
 
 
 def scores_of(plan: Plan, store: ResultStore) -> Scores:
@@ -50,7 +51,9 @@ def scores_of(plan: Plan, store: ResultStore) -> Scores:
         for variant in plan.variants
         for benchmark in expected
     }
-    return Scores(estimates, compare_variants(plan, rows))
+    # Files of schema version 1 have no such column.
+    n_halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
+    return Scores(estimates, compare_variants(plan, rows), n_halved)
 
 
 def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary", scores: Scores) -> None:
@@ -63,12 +66,10 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
     console.print(f"results: {store.run_uri}", soft_wrap=True)
-    # Files of schema version 1 have no such column.
-    halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
-    if halved:
+    if scores.n_halved:
         print(
-            f"{halved} images were drawn in smaller batches than planned, for lack of memory: the column `{HALVED}` of "
-            "the results says which; another machine may draw their last bits differently",
+            f"{scores.n_halved} images were drawn in smaller batches than planned, for lack of memory: the column "
+            f"`{HALVED}` of the results says which; another machine may draw their last bits differently",
             file=sys.stderr,
         )
     if summary.n_failed:
@@ -111,6 +112,7 @@ def document(summary: "RunSummary", scores: Scores) -> dict[str, Any]:
             for (variant, benchmark), estimates in scores.estimates.items()
             for estimate in estimates
         ],
+        "n_drawn_in_smaller_batches": scores.n_halved,
         "comparisons": [asdict(comparison) for comparison in scores.comparisons],
         "models": [{field: getattr(model, field) for field in fields} for model in summary.models],
     }
