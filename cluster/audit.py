@@ -18,7 +18,7 @@ from cluster.rows import SCHEMA_VERSION, MemoryKind, ModelUse, decode, shard_use
 from cluster.store import MERGED, ResultStore
 
 # Reading is waiting, mostly: for a remote storage, or for a disk.
-READERS = 8
+READERS = 4
 SCANNED = ["sample_id", "error", "seconds"]
 
 log = logging.getLogger(__name__)
