@@ -10,11 +10,14 @@ from pathlib import Path
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.write_once import OBJECT_STORES
+
 
 def overwrite(fs: AbstractFileSystem, path: str, content: bytes) -> None:
     """Writes `content` under `path`, in place of what is there. Creates the folder. Raises OSError."""
     if not isinstance(fs, LocalFileSystem):
-        fs.makedirs(fs._parent(path), exist_ok=True)
+        if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            fs.makedirs(fs._parent(path), exist_ok=True)
         fs.pipe_file(path, content)
         return
     target = Path(path)

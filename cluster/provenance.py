@@ -8,7 +8,6 @@ version of the code only, so the manifest names all that took part, and a resume
 """
 
 import hashlib
-import json
 import logging
 import platform
 import shlex
@@ -19,14 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec import AbstractFileSystem
-
 from bitflux_core.environment import DIRTY, git_revision, package_versions
-from bitflux_core.errors import UserError
 from cluster.manifests import REPOSITORY
 from cluster.store import ResultStore
-from cluster.write_once import publish
 
 FOLDER = "sessions"
 PACKAGES = (
@@ -50,34 +44,19 @@ log = logging.getLogger(__name__)
 def begin_session(store: ResultStore) -> None:
     """Records this process as one that works on the run. Warns where an earlier one ran other code.
 
-    UserError where the output cannot be written.
+    Raises StorageError.
     """
-    fs, folder = _folder(store)
     now = datetime.now(UTC)
     mine = {"started": f"{now:%Y-%m-%dT%H:%M:%SZ}", **provenance()}
-    content = json.dumps(mine, indent=1, ensure_ascii=False).encode()
-    try:
-        earlier = sessions(store)
-        publish(fs, f"{folder}/{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json", content)
-    except OSError as error:
-        raise UserError(f"output {store.run_uri}: cannot be written ({error.strerror or error})") from error
+    earlier = sessions(store)
+    store.keep_record(FOLDER, f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}", mine)
     if any(code_of(session) != code_of(mine) for session in earlier):
         log.warning("run %s was begun with other code; its manifest will name both versions", store.run_id)
 
 
 def sessions(store: ResultStore) -> list[dict[str, Any]]:
-    """All sessions that worked on the run, the first one first. Raises OSError."""
-    fs, folder = _folder(store)
-    fs.invalidate_cache()
-    try:
-        names = sorted(fs.ls(folder, detail=False))
-    except FileNotFoundError:
-        return []
-    return [json.loads(fs.cat_file(name)) for name in names if name.endswith(".json")]
-
-
-def _folder(store: ResultStore) -> tuple[AbstractFileSystem, str]:
-    return fsspec.core.url_to_fs(f"{store.run_uri}/{FOLDER}")
+    """All sessions that worked on the run, the first one first. Raises StorageError."""
+    return store.records(FOLDER)
 
 
 @cache

@@ -92,7 +92,7 @@ def run(
             scheduler = Scheduler(plan, missing, store, workers, size, limits, proven, counter.add, observer)
             reason = asyncio.run(_draw(scheduler))
         except UserError:
-            with suppress(OSError):
+            with suppress(StorageError):
                 store.withdraw()
             raise
         counter.report("verifying")
@@ -136,7 +136,7 @@ def _verified(plan: Plan, store: ResultStore, found: Mapping[ShardKey, ShardReco
             if len(found) == len(plan.shards):
                 manifest = build_manifest(plan, store.run_id, found, sessions(store))
                 return _complete(store.write_manifest(manifest))
-        except (StorageError, OSError) as error:
+        except StorageError as error:
             reason = str(error)
     missing = len(plan.shards) - len(found)
     return RunSummary(

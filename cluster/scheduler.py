@@ -55,6 +55,7 @@ class Scheduler:
         self._size = size
         self._limits = limits
         self._proven = set(proven)
+        self._drawable = set(self._proven)  # variants that gave an image, scored or not
         self._observer = observer
         self._ledger = Ledger(shards, store, committed, observer)
         self._pace = Pace(limits)
@@ -206,6 +207,7 @@ class Scheduler:
             elif not is_machines_fault(error):
                 assignment.piece = assignment.piece.failed()  # the other replica goes on with it
             return None
+        self._drawable.add(variant)
         self._pace.observe(variant, assignment.slots / replica.speed, seconds)
         self._observer.stage_ended("draw", seconds)
         self._observer.replica_busy(slot.name, sum(report.seconds))
@@ -244,7 +246,7 @@ class Scheduler:
             self._observer.retried(stage)
             for half in piece.halves(self._plan.batch_size):
                 self._queue.put(half)
-        elif piece.shard.key.variant in self._proven:
+        elif piece.shard.key.variant in (self._drawable if stage == "draw" else self._proven):
             self._observer.quarantined(1)
             self._settle(piece, failed_rows(self._plan, self._run_id, piece, message))
         else:

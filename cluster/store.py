@@ -80,7 +80,7 @@ class ResultStore:
     def withdraw(self) -> None:
         """Takes back a plan of which nothing was committed, so that the run's name is free for a corrected one."""
         if not self.shards():
-            self._fs.rm_file(self._path(PLAN))
+            self._reading(PLAN, lambda: self._fs.rm_file(self._path(PLAN)))
 
     def plan_digest(self) -> str | None:
         """Digest of the plan that the run was begun with, None where there is no such run."""
@@ -128,6 +128,16 @@ class ResultStore:
     def read(self, name: str) -> bytes:
         """A file of the run, by its name within the run's folder. Raises FileNotFoundError and StorageError."""
         return self._reading(name, lambda: self._fs.cat_file(self._path(name)))
+
+    def keep_record(self, folder: str, name: str, record: dict[str, Any]) -> None:
+        """Writes something about the run beside its rows. Raises StorageError."""
+        self._publish(f"{folder}/{name}.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+    def records(self, folder: str) -> list[dict[str, Any]]:
+        """What `keep_record` put into `folder`, by name. Raises StorageError."""
+        self._fs.invalidate_cache()
+        names = sorted(name for name in self._list(folder) if name.endswith(".json"))
+        return [json.loads(self.read(f"{folder}/{name}")) for name in names]
 
     def set_aside(self, name: str) -> None:
         """Renames a damaged file, so that its shards are drawn again and nothing is lost. Raises StorageError."""

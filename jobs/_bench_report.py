@@ -121,6 +121,15 @@ _DRIVER = (
     Column("growth MB", "growth_mb", ".1f"),
     *_TARGET,
 )
+_SCALING = (
+    Column("transformer", "mode"),
+    Column("GPUs", "gpus"),
+    Column("images", "images"),
+    Column("seconds", "seconds", ".1f"),
+    Column("images/s", "images_a_second", ".3f"),
+    Column("busy", "busy_share", ".1%"),
+    Column("efficiency", "efficiency", ".1%"),
+)
 _LEGEND = "ternary weights with activations in bf16 (A16) and int8 (A8); ratios are speeds"
 ENGINES = ("scheduler", "Ray Data")
 _ROOMY = 9  # columns; more fill 120 characters only without spaces beside the lines
@@ -155,6 +164,8 @@ def name_of(row: Any) -> str:
         return f"{row.what}, {row.replicas} replicas" if row.replicas else row.what
     if hasattr(row, "layer"):
         return f"{row.layer}, M = {row.tokens}"
+    if hasattr(row, "gpus"):
+        return f"{row.mode}, {row.gpus} GPUs"
     return f"{row.mode}, {row.placement}, {row.steps} steps" if hasattr(row, "placement") else str(row.mode)
 
 
@@ -183,6 +194,7 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         "images": (_IMAGES, "one image"),
         "small-gpu": (_SMALL_GPU, "one image on a small GPU"),
         "tune": (_TUNED, "block sizes"),
+        "scaling": (_SCALING, "drawing on several GPUs"),
     }[result.section]
     baseline = getattr(rows[0], "baseline", None)
     return [(f"{title}; ratios to {baseline}" if baseline else title, columns, rows)]

@@ -34,9 +34,13 @@ def parse(argv: list[str] | None) -> Namespace:
     transformer = sections.add_parser("transformer", help="ms a step and memory of a full-size transformer")
     images = sections.add_parser("images", help="seconds an image, text encoders and VAE of full size included")
     small_gpu = sections.add_parser("small-gpu", help="images in 24 GB: ternary resident, bf16 offloaded")
-    for section in (kernels, transformer, images):
+    scaling = sections.add_parser("scaling", help="images a second on one GPU and on more, through the scheduler")
+    scaling.add_argument("--gpus", type=_counts, default=(1, 2), metavar="A,B", help="replicas, one a GPU (1,2)")
+    scaling.add_argument("--images", type=positive, default=24, metavar="N", help="of each GPU (%(default)s)")
+    scaling.add_argument("--steps", type=positive, default=28, metavar="N", help="denoising steps (%(default)s)")
+    for section in (kernels, transformer, images, scaling):
         section.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
-    for section in (transformer, images, small_gpu):
+    for section in (transformer, images, small_gpu, scaling):
         section.add_argument("--variants", type=names, metavar="A,B", help="only these (all that the table shows)")
         section.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
     transformer.add_argument("--batch", type=positive, default=1, metavar="N", help="images (%(default)s)")
@@ -50,7 +54,7 @@ def parse(argv: list[str] | None) -> Namespace:
     scheduler.add_argument("--replicas", type=_counts, default=(8, 64), metavar="A,B", help="stub replicas (8,64)")
     scheduler.add_argument("--seconds", type=positive, default=32, metavar="S", help="drawing of each (%(default)s)")
     scheduler.add_argument("--samples", type=positive, metavar="N", help="of a plan (26,212: two published benchmarks)")
-    for section in (kernels, transformer, images, small_gpu, tune, scheduler):
+    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling):
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -148,6 +152,21 @@ def _scheduler(args: Namespace, device: "torch.device") -> tuple[list, dict[str,
         return _watched(measured), {**settings, "cores": os.cpu_count(), "ray": package_version("ray")}
 
 
+def _scaling(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    _ray.prepare()
+    from bitflux_core.benchmark import models
+    from cluster import scaling
+
+    sizes = models.TINY if args.tiny else models.FLUX_DEV
+    modes, resolution = _chosen(args.variants or ("ternary-int8",), models.MODES), args.resolution or sizes.resolution
+    with _ray.connected():
+        measured: list[Any] = []
+        for mode in modes:
+            rows = scaling.measure_scaling(mode, sizes, args.gpus, args.images, args.steps, resolution)
+            measured += _watched(rows)
+    return measured, {"steps": args.steps, "resolution": resolution, "tiny": args.tiny}
+
+
 SECTIONS = {
     "kernels": _kernels,
     "transformer": _transformer,
@@ -155,6 +174,7 @@ SECTIONS = {
     "small-gpu": _small_gpu,
     "tune": _tune,
     "scheduler": _scheduler,
+    "scaling": _scaling,
 }
 
 

@@ -197,3 +197,17 @@ def test_the_scheduler_for_real(tmp_path):
     assert rows["driver's memory"]["samples"] == 800
     assert rows["resume scan"]["samples"] == 400
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".parquet"]
+
+
+def test_scaling_draws_through_the_scheduler(tmp_path):
+    """On cores in place of GPUs, where nothing can be said of the efficiency."""
+    command = [sys.executable, "jobs/bench.py", "scaling", "--tiny", "--gpus", "1,2", "--images", "2", "--steps", "1"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document, rows = files(tmp_path, "scaling")
+    assert [(row["gpus"], row["images"], row["error"]) for row in rows] == [(1, 2, None), (2, 4, None)]
+    assert rows[0]["efficiency"] == pytest.approx(1.0)
+    assert all(0 < row["busy_share"] <= 1 and row["images_a_second"] > 0 for row in rows)
+    assert document["settings"]["tiny"]
