@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -60,10 +61,9 @@ def _with_os_errors(call: Callable[[], T]) -> T:
     try:
         return call()
     except Exception as error:
-        # Only now, since it is slow to import and local storage has no use for it.
-        from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
-
-        if not isinstance(error, BotoCoreError):
+        # Slow to import and of no use for local storage: where nobody imported it, the error is not its own.
+        botocore = sys.modules.get("botocore.exceptions")
+        if botocore is None or not isinstance(error, botocore.BotoCoreError):
             raise
-        passes = isinstance(error, ConnectionError | HTTPClientError)
+        passes = isinstance(error, botocore.ConnectionError | botocore.HTTPClientError)
         raise OSError(errno.EIO if passes else errno.EINVAL, str(error)) from error

@@ -94,7 +94,7 @@ def test_a_merged_file_has_row_groups_of_a_readable_size(plan, store, tmp_path, 
 
 # The plan, six shards, four merged files, the manifest.
 @pytest.mark.parametrize("effect", ["before", "after"])
-@pytest.mark.parametrize("write", range(12))
+@pytest.mark.parametrize("write", range(13))
 def test_a_run_killed_at_any_write_loses_and_doubles_nothing(
     plan, store, tmp_path, undisturbed, monkeypatch, write, effect
 ):
@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_write_loses_and_doubles_nothing(
     rows = store.read_rows(partial=True).to_pylist()
     assert by_id(rows).items() <= undisturbed.items()
     assert len(rows) == len(by_id(rows)) == sum(len(s.samples) for s in plan.shards if s.key in store.shards())
-    assert (store.manifest() is not None) == (write == 11 and effect == "after")
+    assert (store.manifest() is not None) == (write == 12 and effect == "after")
     expect_undisturbed(plan, store, tmp_path, undisturbed, most_draws=2)
 
 
