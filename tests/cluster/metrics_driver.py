@@ -35,6 +35,7 @@ if __name__ == "__main__":
     ray.init(
         address="local",
         num_cpus=2,
+        resources={"head": 1},  # where the stand-ins for encoder and evaluator want to be
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=80_000_000,
