@@ -54,6 +54,7 @@ class Scheduler:
         self._run_id = store.run_id
         self._size = size
         self._limits = limits
+        self._told_size = -1
         self._proven = set(proven)
         self._drawable = set(self._proven)  # variants that gave an image, scored or not
         self._observer = observer
@@ -125,7 +126,6 @@ class Scheduler:
     async def _keep_pool(self) -> None:
         """Starts replicas as the cluster gets room for them, and ends the run where actors of one kind are all gone."""
         wanted: Mapping[GpuType, int] = {}
-        told = -1
         while True:
             try:
                 wanted = await asyncio.to_thread(self._size.wanted)
@@ -136,10 +136,13 @@ class Scheduler:
                 self._watch(self._serve_replica(replica))
             for slots in ([self._encoder], self._scoring.slots, self._replica_slots()):
                 check_left(slots)
-            if self._pool.running != told:
-                told = self._pool.running
-                self._observer.pool_size(told)
+            self._tell_size()
             await asyncio.sleep(self._limits.pool_period_s)
+
+    def _tell_size(self) -> None:
+        if self._pool.running != self._told_size:
+            self._told_size = self._pool.running
+            self._observer.pool_size(self._told_size)
 
     def _replica_slots(self) -> list[ActorSlot]:
         return [replica.slot for replica in self._pool.replicas]
@@ -149,6 +152,8 @@ class Scheduler:
         check_left([self._encoder])
 
     async def _serve_replica(self, replica: Replica) -> None:
+        if await replica.slot.ready():
+            self._tell_size()
         await asyncio.gather(*(self._draw_lane(replica) for _ in range(LANES)))
         check_left(self._replica_slots())
 
