@@ -15,7 +15,7 @@ from cluster.plan import Plan
 from cluster.store import ResultStore
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other modules run jobs, which start a Ray of their own
 def ray_cluster():
     """One head of two cores, as on the smallest machine; the object store is small, since the images are. Tests may add
     nodes, and remove what they added."""
