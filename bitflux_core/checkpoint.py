@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest, fingerprint, read_json
 from bitflux_core.layers import block_linears
@@ -23,10 +24,16 @@ from bitflux_core.tensor_files import REMEDY, check_file, read_tensors
 from kernels.packing import Codes, pack_trits
 from kernels.reference import Activations
 
-__all__ = ["check_unused", "empty_transformer", "fingerprint", "load_ternary", "save_ternary", "stored_codes"]
+__all__ = [
+    "check_unused",
+    "empty_transformer",
+    "fingerprint",
+    "is_ternary",
+    "load_ternary",
+    "save_ternary",
+    "stored_codes",
+]
 
-QUANT_METHOD = "bitflux"
-FORMAT_VERSION = 2
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 # A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
 SHARD_SIZE = "50MB"
@@ -125,6 +132,12 @@ def load_ternary(
     return model.eval().requires_grad_(False)
 
 
+def is_ternary(config: dict) -> bool:
+    """Whether this is a ternary checkpoint's config.json, of any format version."""
+    header = config.get("quantization_config")
+    return isinstance(header, dict) and header.get("quant_method") == QUANT_METHOD
+
+
 def empty_transformer(config: dict) -> FluxTransformer2DModel:
     """A full-precision transformer of this configuration on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -133,12 +146,12 @@ def empty_transformer(config: dict) -> FluxTransformer2DModel:
 
 def _take_header(config: dict, directory: Path) -> dict[str, str | None]:
     """Takes BitFlux's part out of `config`: the tensor files and their digests (None where diffusers saved them)."""
-    header = config.pop("quantization_config", None)
-    if not isinstance(header, dict) or header.get("quant_method") != QUANT_METHOD:
+    if not is_ternary(config):
         raise UserError(
             f"{directory} is no ternary checkpoint (no quant_method '{QUANT_METHOD}' in config.json): "
             "quantize the model first"
         )
+    header = config.pop("quantization_config")
     version, files = header.get("format_version"), header.get("files")
     if version != FORMAT_VERSION or not isinstance(files, dict | None):
         raise UserError(

@@ -15,6 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
+QUANT_METHOD = "bitflux"
 FORMAT_VERSION = 2
 _SCALE = "scale"
 
@@ -22,7 +23,7 @@ _SCALE = "scale"
 class Method(StrEnum):
     """diffusers' names of quantization methods are members of an Enum."""
 
-    BITFLUX = "bitflux"
+    BITFLUX = QUANT_METHOD
 
 
 @dataclass
@@ -141,8 +142,8 @@ class BitFluxQuantizer(DiffusersQuantizer):
 
 def register() -> None:
     """Adds BitFlux to diffusers' tables of quantizers."""
-    auto.AUTO_QUANTIZER_MAPPING[Method.BITFLUX.value] = BitFluxQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.BITFLUX.value] = BitFluxConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BitFluxQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BitFluxConfig
 
 
 def _refuse_lora(*_: Any, **__: Any) -> None:

@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bitflux_core.checkpoint import empty_transformer
+from bitflux_core.checkpoint import empty_transformer, is_ternary
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.layers import BLOCKS
@@ -68,10 +68,10 @@ class BlockSource:
     def __init__(self, directory: Path | str, device: torch.device | str, dtype: torch.dtype):
         self.directory, self.device, self.dtype = Path(directory), torch.device(device), dtype
         self.config = read_json(self.directory / "config.json", "name the folder of a FLUX pipeline")
-        if self.config.get("_class_name") != FluxTransformer2DModel.__name__ or "bitflux" in self.config:
+        if self.config.get("_class_name") != FluxTransformer2DModel.__name__ or is_ternary(self.config):
             raise UserError(
                 f"{self.directory} holds {self.config.get('_class_name', 'no model')}"
-                f"{' that is ternary already' if 'bitflux' in self.config else ''}: "
+                f"{' that is ternary already' if is_ternary(self.config) else ''}: "
                 "name the folder of a full-precision FLUX pipeline"
             )
         try:

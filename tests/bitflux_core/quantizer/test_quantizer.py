@@ -135,7 +135,10 @@ def change_config(folder, **changes):
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"_class_name": "UNet2DModel"}, "holds UNet2DModel"), ({"bitflux": {}}, "ternary already")],
+    [
+        ({"_class_name": "UNet2DModel"}, "holds UNet2DModel"),
+        ({"quantization_config": {"quant_method": "bitflux"}}, "ternary already"),
+    ],
 )
 def test_a_model_that_is_no_full_precision_flux_is_refused(settings, broken_dir, tmp_path, changes, problem):
     change_config(broken_dir, **changes)
