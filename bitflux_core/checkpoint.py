@@ -17,7 +17,7 @@ from torch import Tensor
 from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest, fingerprint, read_json
-from bitflux_core.layers import block_linears
+from bitflux_core.layers import block_linears, empty_ternary_linears
 from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.model_card import write_card
 from bitflux_core.tensor_files import REMEDY, check_file, read_tensors
@@ -112,12 +112,7 @@ def load_ternary(
         model = empty_transformer(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}/config.json describes no FLUX transformer ({error}): {REMEDY}") from error
-    with torch.device("meta"):
-        for name, linear in block_linears(model).items():
-            has_bias = linear.bias is not None
-            layer = TernaryLinear(linear.in_features, linear.out_features, has_bias, activations, execution)
-            model.set_submodule(name, layer)
-
+    empty_ternary_linears(model, activations, execution)
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}

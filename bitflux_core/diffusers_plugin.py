@@ -63,13 +63,9 @@ class BitFluxQuantizer(DiffusersQuantizer):
     quantization_config: BitFluxConfig
 
     def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: list[str], **_: Any) -> None:
-        from bitflux_core.layers import block_linears
-        from bitflux_core.linear import TernaryLinear
+        from bitflux_core.layers import empty_ternary_linears
 
-        with torch.device("meta"):
-            for name, linear in block_linears(model).items():
-                sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-                model.set_submodule(name, TernaryLinear(*sizes, self.quantization_config.activations))  # type: ignore[arg-type]
+        empty_ternary_linears(model, self.quantization_config.activations)  # type: ignore[arg-type]
         keep_in_fp32_modules.append(_SCALE)  # diffusers casts by the last part of a tensor's name
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

@@ -1,9 +1,13 @@
 """Which layers of a FLUX transformer are ternary."""
 
+from collections.abc import Container
+
+import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from bitflux_core.linear import TernaryLinear
+from bitflux_core.linear import Execution, TernaryLinear
+from kernels.reference import Activations
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -19,3 +23,17 @@ def block_linears(transformer: FluxTransformer2DModel) -> dict[str, nn.Linear | 
         for name, module in getattr(transformer, blocks).named_modules()
         if isinstance(module, nn.Linear | TernaryLinear)
     }
+
+
+def empty_ternary_linears(
+    transformer: FluxTransformer2DModel,
+    activations: Activations = "native",
+    execution: Execution = "kernel",
+    names: Container[str] | None = None,
+) -> None:
+    """Puts TernaryLinear on the meta device in the place of every block linear, or of those in `names`."""
+    with torch.device("meta"):
+        for name, linear in block_linears(transformer).items():
+            if names is None or name in names:
+                sizes = linear.in_features, linear.out_features, linear.bias is not None
+                transformer.set_submodule(name, TernaryLinear(*sizes, activations, execution))

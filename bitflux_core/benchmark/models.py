@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.fused import fuse
-from bitflux_core.layers import block_linears
+from bitflux_core.layers import empty_ternary_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.variants import VARIANTS
 from kernels.attention import attention_backend
@@ -124,12 +124,7 @@ def random_transformer(variant: str, sizes: Sizes, device: torch.device) -> Flux
     how = VARIANTS[variant]
     model = empty_transformer(sizes.transformer)
     if how.ternary:
-        with torch.device("meta"):
-            for name, linear in block_linears(model).items():
-                layer = TernaryLinear(
-                    linear.in_features, linear.out_features, linear.bias is not None, how.activations, how.execution
-                )
-                model.set_submodule(name, layer)
+        empty_ternary_linears(model, how.activations, how.execution)
     # FLUX's modules have no buffers but TernaryLinear's, so everything empty is filled here. Diffusers' own `to` warns
     # of modules to keep in float32 even where a model has none.
     model = nn.Module.to(model, DTYPE).to_empty(device=device).eval().requires_grad_(False)

@@ -15,8 +15,7 @@ from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint
 from bitflux_core.distill import Conditions, sampler_sigmas
 from bitflux_core.errors import UserError
 from bitflux_core.generate import TextEncoder
-from bitflux_core.layers import block_linears
-from bitflux_core.linear import TernaryLinear
+from bitflux_core.layers import empty_ternary_linears
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.calibration import Calibration
@@ -158,11 +157,7 @@ def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
     for name in source.names:
         tensors, _ = work.load(name)
         state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    with torch.device("meta"):
-        for name, linear in block_linears(transformer).items():
-            if f"{name}.packed" in state:
-                layer = TernaryLinear(linear.in_features, linear.out_features, linear.bias is not None)
-                transformer.set_submodule(name, layer)
+    empty_ternary_linears(transformer, names={key.removesuffix(".packed") for key in state if key.endswith(".packed")})
     transformer.load_state_dict(state, assign=True)
     return transformer.eval().requires_grad_(False)
 
