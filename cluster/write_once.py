@@ -8,6 +8,8 @@ is one PutObject with `If-None-Match: *`.
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
@@ -29,9 +31,29 @@ def publish(fs: AbstractFileSystem, path: str, content: bytes) -> bool:
     return patiently(lambda: write(fs, path, content))
 
 
-def _publish_remotely(fs: AbstractFileSystem, path: str, content: bytes) -> bool:
+def make_folder(fs: AbstractFileSystem, path: str) -> None:
+    """Makes the folder of the remote file `path`, where the storage has folders."""
     if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
         fs.makedirs(fs._parent(path), exist_ok=True)
+
+
+@contextmanager
+def flushed(path: Path, content: bytes) -> Iterator[Path]:
+    """A temporary file beside the local `path`, with `content` on disk, to be linked or renamed; gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish_remotely(fs: AbstractFileSystem, path: str, content: bytes) -> bool:
+    make_folder(fs, path)
     try:
         fs.pipe_file(path, content, mode="create")
     except FileExistsError:
@@ -51,18 +73,11 @@ def _precondition_failed(error: OSError) -> bool:
 
 def _publish_locally(_: AbstractFileSystem, name: str, content: bytes) -> bool:
     path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
+        with flushed(path, content) as temporary:
+            os.link(temporary, path)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
     return True
 
