@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from bitflux_core.samples import Sampling
 from cluster.audit import scan
 from cluster.plan import Plan, build_plan
@@ -22,7 +20,7 @@ from cluster.profile import Cost, Models, Profile
 from cluster.run import Progress, run
 from cluster.store import ResultStore
 from cluster.stub_workers import DrawLog, Gate, StubEncoder, StubEvaluator, StubReplica
-from cluster.workers import Workers
+from cluster.workers import Workers, actor_class
 from cluster.workload import PromptRecord, Workload
 
 # The published benchmarks: GenEval's prompts and images of each, and T2I-CompBench's. 26,212 images a variant.
@@ -192,11 +190,7 @@ def _scanning(samples: int, store: ResultStore) -> dict[str, Any]:
 
 
 def _workers(seconds_a_sample: float, gate: Gate | None, log: DrawLog | None) -> Workers:
-    def actor(cls: type) -> Any:
-        options = {"num_cpus": STUB_CPUS, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-        return ray.remote(cls).options(**options)
-
-    replica, encoder, evaluator = actor(StubReplica), actor(StubEncoder), actor(StubEvaluator)
+    replica, encoder, evaluator = (actor_class(stub, STUB_CPUS) for stub in (StubReplica, StubEncoder, StubEvaluator))
     return Workers(lambda: replica.remote(seconds_a_sample, gate, log), encoder.remote, evaluator.remote)
 
 

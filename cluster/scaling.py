@@ -18,11 +18,12 @@ from bitflux_core.samples import Sampling
 from cluster.evaluator import EvaluatorActor
 from cluster.observer import SilentObserver
 from cluster.plan import build_plan
+from cluster.pool_size import HELPER_CPUS
 from cluster.profile import Cost, Models, Profile, Resources
 from cluster.replica import ReplicaActor
 from cluster.run import run
 from cluster.store import ResultStore
-from cluster.workers import Workers
+from cluster.workers import Workers, actor_class
 from cluster.workload import PromptRecord, Workload
 from evaluators.base import Score
 
@@ -128,10 +129,8 @@ def _watched_run(row: ScalingRow, sizes: "Sizes", sampling: Sampling, pipeline: 
     workload = Workload(NAME, NAME, prompts, 1, 0, "none")
     plan = build_plan(profile, [workload], [row.mode], fingerprints={row.mode: "random", "pipeline": "random"})
     store = ResultStore(output, NAME)
-    options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-    replica = ray.remote(RandomReplica).options(num_cpus=0.5, num_gpus=1 if on_gpus else 0, **options)
-    encoder = ray.remote(RandomTextEncoder).options(num_cpus=0.1, **options)
-    evaluator = ray.remote(Unjudged).options(num_cpus=0.1, **options)
+    replica = actor_class(RandomReplica, 0.5, 1 if on_gpus else 0)
+    encoder, evaluator = actor_class(RandomTextEncoder, HELPER_CPUS), actor_class(Unjudged, HELPER_CPUS)
     workers = Workers(
         lambda *_: replica.remote(sizes, pipeline, sampling),
         lambda: encoder.remote(sizes),

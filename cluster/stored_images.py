@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +13,7 @@ from cluster.plan import Plan
 from cluster.pool_size import HELPER_CPUS
 from cluster.rows import DrawReport, ModelUse, shard_uses
 from cluster.store import ResultStore
-from cluster.workers import Workers
+from cluster.workers import Workers, actor_class
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,5 @@ def read_image(store: ResultStore, name: str) -> np.ndarray:
 
 def with_stored_images(workers: Workers, stored: StoredImages) -> Workers:
     """`workers` with Ray actors that hand out stored images in place of replicas and text encoders."""
-    import ray
-
-    def actor(cls: type, *args: Any) -> Any:
-        options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
-        return ray.remote(cls).options(num_cpus=HELPER_CPUS, num_gpus=0, **options).remote(*args)
-
-    return replace(workers, replica=lambda *_: actor(StoredReplica, stored), text_encoder=lambda: actor(StoredEncoder))
+    replica, encoder = actor_class(StoredReplica, HELPER_CPUS), actor_class(StoredEncoder, HELPER_CPUS)
+    return replace(workers, replica=lambda *_: replica.remote(stored), text_encoder=encoder.remote)

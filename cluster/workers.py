@@ -38,14 +38,14 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     """The actors that hold real models."""
     asked = profile.resources
     on_gpus = uses_gpus(asked)
-    text_encoder = _actor(TextEncoderActor, HELPER_CPUS, asked.text_encoder_gpus if on_gpus else 0)
-    evaluator = _actor(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if on_gpus else 0)
+    text_encoder = actor_class(TextEncoderActor, HELPER_CPUS, asked.text_encoder_gpus if on_gpus else 0)
+    evaluator = actor_class(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if on_gpus else 0)
     evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}
     models = {"detector": files.detector, "clip": files.clip}
 
     @cache
     def replica(gpu_type: GpuType = None) -> Any:
-        return _actor(ReplicaActor, REPLICA_CPUS, asked.replica_gpus if on_gpus else 0, gpu_type)
+        return actor_class(ReplicaActor, REPLICA_CPUS, asked.replica_gpus if on_gpus else 0, gpu_type)
 
     return Workers(
         lambda *gpu_type: replica(*gpu_type).remote(files.pipeline, files.ternary, plan.dtype, plan.sampling),
@@ -55,7 +55,8 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     )
 
 
-def _actor(cls: type, cpus: float, gpus: float, gpu_type: GpuType = None) -> Any:
+def actor_class(cls: type, cpus: float, gpus: float = 0, gpu_type: GpuType = None) -> Any:
+    """`cls` as the scheduler's actors are to be, and what each asks Ray for; its `remote` makes one."""
     # The scheduler replaces actors itself, and queues a second call on each: Ray must neither restart nor interleave.
     options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1}
     return ray.remote(cls).options(num_cpus=cpus, num_gpus=gpus, accelerator_type=gpu_type, **options)
