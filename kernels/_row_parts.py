@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 _SMALLEST_AMAX = tl.constexpr(1e-30)  # as in the reference
-_LARGEST_VALUE = tl.constexpr(127.0)
-_LARGEST_DIGITS = tl.constexpr(8323072.0)  # 127 x 256^2
+LARGEST_VALUE = tl.constexpr(127.0)
+LARGEST_DIGITS = tl.constexpr(8323072.0)  # 127 x 256^2
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 x 2^23: v + it has v, rounded to nearest even, in its lowest mantissa bits
 _ROUNDER_BITS = tl.constexpr(0x4B400000)  # the same number's float32 bits
 
@@ -55,25 +55,14 @@ def magnitude_bits(chunks):
 
 
 @triton.jit
-def scales_of(amax_bits):
-    """(whether the row is finite, what to multiply it with, the token's scale)."""
+def scales_of(amax_bits, LARGEST: tl.constexpr):
+    """(whether the row is finite, what brings its largest magnitude to LARGEST, the scale that undoes it)."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     finite = amax < float("inf")
     amax = tl.maximum(amax, _SMALLEST_AMAX)
     # torch computes a number divided by a tensor as the reciprocal times the number.
-    inverse = tl.div_rn(1.0, amax) * _LARGEST_VALUE
-    scale = tl.where(finite, tl.div_rn(amax, _LARGEST_VALUE), float("nan"))
-    return finite, inverse, scale
-
-
-@triton.jit
-def digit_scales_of(amax_bits):
-    """As `scales_of`, for fixed-point numbers of three digits to the base 256; the scale is that of the last digit."""
-    amax = amax_bits.to(tl.float32, bitcast=True)
-    finite = amax < float("inf")
-    amax = tl.maximum(amax, _SMALLEST_AMAX)
-    inverse = tl.div_rn(1.0, amax) * _LARGEST_DIGITS
-    scale = tl.where(finite, tl.div_rn(amax, _LARGEST_DIGITS), float("nan"))
+    inverse = tl.div_rn(1.0, amax) * LARGEST
+    scale = tl.where(finite, tl.div_rn(amax, LARGEST), float("nan"))
     return finite, inverse, scale
 
 

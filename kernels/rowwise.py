@@ -17,9 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._row_parts import add_up, digit_scales_of, load_row, magnitude_bits, scales_of, store_quantized, store_row
+from kernels._row_parts import (
+    LARGEST_DIGITS,
+    LARGEST_VALUE,
+    add_up,
+    load_row,
+    magnitude_bits,
+    scales_of,
+    store_quantized,
+    store_row,
+)
 from kernels.reference import DIGITS, Quantized, plane_padded, quantized_width
 
+_DIGITS = tl.constexpr(DIGITS)
 _WIDEST_ROW = 32768  # 64 registers a thread at 16 warps
 _ELEMENTS_A_THREAD = 32
 _SMALLEST_CHUNK = 256  # columns a warp: 16 bytes a thread of 16-bit numbers
@@ -32,7 +42,7 @@ _GELU_CUBIC = tl.constexpr(-0.10294323958002349)  # 0.044715 times that
 def _quantize_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x = load_row(x_ptr + row * x_stride, WIDTH, BLOCK)
-    finite, inverse, scale = scales_of(magnitude_bits(x))
+    finite, inverse, scale = scales_of(magnitude_bits(x), LARGEST_VALUE)
     total = store_quantized(values_ptr + row * WIDTH, x, finite, inverse, WIDTH, BLOCK)
     tl.store(scale_ptr + row, scale)
     tl.store(sum_ptr + row, total)
@@ -42,18 +52,18 @@ def _quantize_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.
 def _digits_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x = load_row(x_ptr + row * x_stride, WIDTH, BLOCK)
-    finite, inverse, scale = digit_scales_of(magnitude_bits(x))
+    finite, inverse, scale = scales_of(magnitude_bits(x), LARGEST_DIGITS)
     rest = ()
     zeros = ()
     for i in tl.static_range(len(x)):
         whole = tl.floor(x[i] * inverse + 0.5)
         rest += (tl.where(finite, whole, 0).to(tl.int32),)
         zeros += (tl.zeros([BLOCK], tl.int32),)
-    row *= 4
+    row *= _DIGITS
     store_row(values_ptr + row * WIDTH, zeros, WIDTH, BLOCK)
     tl.store(scale_ptr + row, scale * 0)
     tl.store(sum_ptr + row, 0)
-    for place in tl.static_range(1, 4):
+    for place in tl.static_range(1, _DIGITS):
         digits = ()
         left = ()
         for i in tl.static_range(len(x)):
@@ -105,7 +115,7 @@ def _norm_kernel(
         y += (shift[i] + centered[i] * inverse_deviation * (1 + scale[i]),)
 
     if QUANTIZE:
-        finite, inverse, token_scale = scales_of(magnitude_bits(y))
+        finite, inverse, token_scale = scales_of(magnitude_bits(y), LARGEST_VALUE)
         total = store_quantized(y_ptr + row * WIDTH, y, finite, inverse, WIDTH, BLOCK)
         tl.store(token_scale_ptr + row, token_scale)
         tl.store(token_sum_ptr + row, total)
@@ -143,7 +153,7 @@ def _gelu_kernel(
         bits = magnitude_bits(y)
         if HEAD_WIDTH:
             bits = tl.maximum(bits, magnitude_bits(head))
-        finite, inverse, token_scale = scales_of(bits)
+        finite, inverse, token_scale = scales_of(bits, LARGEST_VALUE)
         total = store_quantized(y_ptr + HEAD_WIDTH, y, finite, inverse, WIDTH, BLOCK)
         if HEAD_WIDTH:
             total += store_quantized(y_ptr, head, finite, inverse, HEAD_WIDTH, HEAD_BLOCK)
