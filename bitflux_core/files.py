@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def read_json(path: Path, remedy: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: {remedy}")
     return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` to `path`, in place of what is there; whoever reads meanwhile sees the one or the other whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def file_digest(path: Path) -> str:

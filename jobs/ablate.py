@@ -6,7 +6,6 @@ python jobs/ablate.py --output DIR --limit 2 --rows absmean,"+ compensation"
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ablate(args: argparse.Namespace) -> int:
     import torch
 
+    from bitflux_core.files import write_json
     from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
     from bitflux_core.quantizer.quantize import QuantizeSettings
     from cluster.model_files import locate
@@ -91,7 +91,7 @@ def _ablate(args: argparse.Namespace) -> int:
             "psnr_db": bench.psnr_db(reference, images),
             "storage_bytes": ablation.storage_bytes(variant),
         }
-        _write(args.output / RESULTS, {"recipe": recipe, "teacher_score": teacher_score, "rows": done})
+        write_json(args.output / RESULTS, {"recipe": recipe, "teacher_score": teacher_score, "rows": done})
         print(f"{variant.name}: {done[variant.name]['psnr_db']:.1f} dB", flush=True)
     _print_table(done, teacher_score, len(reference))
     return COMPLETE
@@ -165,12 +165,6 @@ def _rows_done(file: Path, recipe: dict) -> dict[str, dict]:
     if found.get("recipe") != json.loads(json.dumps(recipe)):
         raise UserError(f"{file} holds rows made with other options: name another --output")
     return found["rows"]
-
-
-def _write(file: Path, content: dict) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)
 
 
 def _print_table(rows: dict[str, dict], teacher_score: float, images: int) -> None:

@@ -15,7 +15,7 @@ from bitflux_core.errors import UserError
 from bitflux_core.quantizer.blocks import BlockSource, Stream, recorded_inputs
 from bitflux_core.quantizer.calibration import Calibration, States
 from bitflux_core.quantizer.compensation import Compensator, InputMoments
-from bitflux_core.quantizer.reconstruction import Reconstruction, ReconstructionSettings, reconstruct
+from bitflux_core.quantizer.reconstruction import ReconstructionSettings, reconstruct
 from bitflux_core.quantizer.snr import Snr, measure
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import TernaryWeight, absmean, least_squares
@@ -91,10 +91,10 @@ def quantize_blocks(
     for name in source.names:
         teacher = source.block(name)
         if not work.holds(name):
-            tensors, log = _quantize_block(name, teacher, teacher_streams, student_streams, settings)
+            tensors = _quantize_block(name, teacher, teacher_streams, student_streams, settings)
             student = assemble(teacher, tensors)
             rows = measure(name, teacher, student, teacher_streams, student_streams)
-            work.save(name, tensors, rows, log)
+            work.save(name, tensors, rows)
         tensors, rows = work.load(name)
         report(name, rows)
         if streams:
@@ -121,7 +121,7 @@ def assemble(teacher: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 def _quantize_block(
     name: str, teacher: nn.Module, teacher_streams: list[Stream], student_streams: list[Stream], settings: WalkSettings
-) -> tuple[dict[str, Tensor], Reconstruction | None]:
+) -> dict[str, Tensor]:
     """The ternary block's tensors, as `assemble` takes them, on the CPU."""
     student = copy.deepcopy(teacher)
     weights: dict[str, TernaryWeight] = {}
@@ -137,9 +137,8 @@ def _quantize_block(
             linear.weight.copy_(ternary.dequantize())
             if shift_N is not None and linear.bias is not None:
                 linear.bias.add_(shift_N.to(linear.bias.dtype))
-    log = None
     if settings.reconstruction:
-        weights, log = reconstruct(
+        weights, _ = reconstruct(
             name, teacher, student, weights, teacher_streams, student_streams, settings.reconstruction
         )
     tensors = {
@@ -148,7 +147,7 @@ def _quantize_block(
     for layer, ternary in weights.items():
         tensors[f"{layer}.packed"] = pack_planes(ternary.codes_NK).cpu()
         tensors[f"{layer}.scale"] = ternary.scale_N.float().cpu().contiguous()
-    return tensors, log
+    return tensors
 
 
 Quantized = Iterator[tuple[str, TernaryWeight, Tensor | None]]  # a layer, its weight, what its bias gains

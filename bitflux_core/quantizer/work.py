@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitflux_core.errors import UserError
-from bitflux_core.files import read_json
+from bitflux_core.files import read_json, write_json
 from bitflux_core.quantizer.calibration import States
-from bitflux_core.quantizer.reconstruction import Reconstruction
 from bitflux_core.quantizer.snr import Snr
 
 RECIPE = "recipe.json"
@@ -44,29 +43,19 @@ class WorkFolder:
             raise UserError(f"{directory} is in use and holds no {RECIPE}: name another output")
         else:
             directory.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(recipe, indent=2) + "\n")
-            os.replace(temporary, file)
+            write_json(file, recipe)
 
     def holds(self, name: str) -> bool:
         return self._file(name).is_file()
 
-    def save(self, name: str, tensors: dict[str, Tensor], rows: list[Snr], log: Reconstruction | None) -> None:
-        """Keeps a block's tensors with its ratios and the record of its training."""
-        metadata = {"snr": json.dumps([asdict(row) for row in rows])}
-        if log:
-            metadata["reconstruction"] = json.dumps(asdict(log))
-        self._write(name, tensors, metadata)
+    def save(self, name: str, tensors: dict[str, Tensor], rows: list[Snr]) -> None:
+        """Keeps a block's tensors with its ratios."""
+        self._write(name, tensors, {"snr": json.dumps([asdict(row) for row in rows])})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], list[Snr]]:
         """What `save` kept. UserError for a file that is damaged."""
         tensors, metadata = self._read(name)
         return tensors, [Snr(**row) for row in json.loads(metadata["snr"])]
-
-    def reconstruction(self, name: str) -> Reconstruction | None:
-        """The record of a block's training, if it was trained."""
-        _, metadata = self._read(name)
-        return Reconstruction(**json.loads(metadata["reconstruction"])) if "reconstruction" in metadata else None
 
     def save_states(self, states: States) -> None:
         self._write(STATES, {key: value.contiguous() for key, value in vars(states).items()}, {})
