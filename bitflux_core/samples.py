@@ -8,6 +8,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+# FLUX packs 2x2 latents of 8x8 pixels into one token.
+PIXELS_PER_TOKEN = 16
+
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

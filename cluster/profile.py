@@ -6,11 +6,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from bitflux_core.errors import UserError
-from bitflux_core.samples import Sampling
+from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 from cluster.manifests import MANIFESTS, MOST_IMAGES, describe, find_manifest, read_manifest
 
-# FLUX packs 2x2 latents of 8x8 pixels into one token.
-PIXELS_PER_TOKEN = 16
 LONGEST_TEXT = 512  # T5 tokens
 
 Gpus = Annotated[float, Field(ge=0)]

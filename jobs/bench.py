@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from bitflux_core.environment import package_version
 from bitflux_core.errors import UserError
+from bitflux_core.samples import PIXELS_PER_TOKEN
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive
 
 if TYPE_CHECKING:
     import torch
-
-PIXELS = 16  # a token of the transformer, on each side
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -220,8 +219,8 @@ def _add_common(section: ArgumentParser) -> None:
 
 def _resolution(text: str) -> int:
     pixels = positive(text)
-    if pixels % PIXELS:
-        raise ArgumentTypeError(f"{pixels} is no multiple of {PIXELS}")
+    if pixels % PIXELS_PER_TOKEN:
+        raise ArgumentTypeError(f"{pixels} is no multiple of {PIXELS_PER_TOKEN}")
     return pixels
 
 

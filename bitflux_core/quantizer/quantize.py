@@ -23,10 +23,9 @@ from bitflux_core.quantizer.memory import check_memory, required_bytes
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.snr import Snr, write_plot, write_table
 from bitflux_core.quantizer.work import WorkFolder
-from bitflux_core.samples import Sampling
+from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
-PIXELS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
