@@ -1,4 +1,4 @@
-"""What detectors, colour classifiers and evaluators promise each other, and the plain data that they exchange.
+"""What models that look at images, evaluators and language tools promise each other, and the plain data they exchange.
 
 Images are uint8 RGB arrays [H, W, 3]. Boxes are (x1, y1, x2, y2) in pixels, x2 and y2 just past the last pixel.
 """
@@ -14,12 +14,15 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object found in an image: its class, its confidence in [0, 1], its extent, its mask (bool [H, W])."""
+    """One object found in an image: its class, its confidence in [0, 1], its extent, its mask (bool [H, W]).
+
+    `mask` is None where the detector finds boxes alone.
+    """
 
     label: str
     score: float
     box: Box
-    mask: np.ndarray
+    mask: np.ndarray | None = None
 
     def as_json(self, color: str | None = None) -> dict[str, Any]:
         """The detection as a result row keeps it: score to 4 decimals, box to 1, the colour where one was asked for."""
@@ -43,13 +46,66 @@ class Score:
 
 
 class Detector(Protocol):
-    """Finds objects. `fingerprint` names the weights and the settings that its results depend on."""
+    """Finds objects of the classes in `labels`. `fingerprint` names the weights and settings its results depend on."""
 
     labels: tuple[str, ...]
     fingerprint: str
 
     def detect(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
         """Each image's detections, best first. Raises ValueError for an image that `image_fault` finds fault with."""
+        ...
+
+
+class PromptedDetector(Protocol):
+    """Finds the objects that it is asked for by name, or those of its own classes that a name means."""
+
+    fingerprint: str
+
+    def detect_named(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        """Each image's detections of its own `names`, best first, labelled as asked. ValueError as for a Detector."""
+        ...
+
+
+class QuestionAnswerer(Protocol):
+    """Answers yes-or-no questions about images."""
+
+    fingerprint: str
+
+    def probability_of_yes(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) in [0, 1] for each image and its own question, in order."""
+        ...
+
+
+class DepthEstimator(Protocol):
+    """Says how near each pixel is."""
+
+    fingerprint: str
+
+    def depth(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Relative depth of each image, uint8 [H, W] in the model's own frame, larger = nearer, 0 to 255 an image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a prompt and its part of speech: NOUN, PROPN, ADJ, NUM, ADP, DET, or another of the universal tags."""
+
+    text: str
+    tag: str
+
+
+class Language(Protocol):
+    """Takes prompts apart. `name` says in results which tool did: it decides what is asked about an image."""
+
+    name: str
+    fingerprint: str
+
+    def words(self, text: str) -> list[Word]:
+        """The words and punctuation marks of a text, in order."""
+        ...
+
+    def noun_chunks(self, text: str) -> list[str]:
+        """Its noun phrases without what follows the noun ("a red apple", "the table"), in order, as they stand."""
         ...
 
 

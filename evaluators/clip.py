@@ -90,6 +90,8 @@ class ClipColorClassifier:
 
 def object_crop(image: np.ndarray, detection: Detection) -> np.ndarray:
     """The object alone on #999, cut to its box: uint8 [h, w, 3]."""
+    if detection.mask is None:
+        raise ValueError(f"a detection of {detection.label} has no mask: its colour needs a detector that makes masks")
     alone = np.where(detection.mask[..., None], image, np.uint8(BACKGROUND))
     x1, y1, x2, y2 = (round(edge) for edge in detection.box)
     return np.ascontiguousarray(alone[y1:y2, x1:x2])
