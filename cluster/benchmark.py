@@ -5,6 +5,7 @@ Drawing by Ray Data stands beside it as the baseline: the same stub work by the 
 
 import math
 import statistics
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from bitflux_core.samples import Sampling
 from cluster.audit import scan
+from cluster.compaction import compact
 from cluster.plan import Plan, build_plan
 from cluster.profile import Cost, Models, Profile
 from cluster.run import Progress, run
@@ -58,7 +60,7 @@ class Measurement:
 
 
 class _Drawn(Exception):
-    """All is drawn and committed: what comes after, a run's verifying, is not to be measured, nor its merging."""
+    """All is drawn and committed: what comes after, verifying and merging, is measured by itself."""
 
 
 def measure(replicas: Sequence[int], seconds: float, samples: int, folder: Path) -> Iterator[Measurement]:
@@ -78,6 +80,7 @@ def measure(replicas: Sequence[int], seconds: float, samples: int, folder: Path)
     row = Measurement("driver's memory", target=f"growth <= {LARGEST_GROWTH_MB:g} MB")
     yield attempt(row, _growing, samples, store)
     yield attempt(Measurement("resume scan", target=f"<= {LONGEST_SCAN_S:g} s"), _scanning, samples, store)
+    yield attempt(replace(row, what="merging the files"), _merging, samples, store)
 
 
 def attempt(row: Measurement, measured: Callable[..., dict[str, Any]], *arguments: Any) -> Measurement:
@@ -187,6 +190,28 @@ def _scanning(samples: int, store: ResultStore) -> dict[str, Any]:
     if len(found) < len(plan.shards):
         raise ValueError(f"{len(found)} of {len(plan.shards)} shards were found")
     return {"samples": plan.n_samples, "wall_s": wall_s}
+
+
+def _merging(samples: int, store: ResultStore) -> dict[str, Any]:
+    """Merges what the run before has committed of both variants, as the end of a run does."""
+    plan = _plan(samples, ("bf16", "ternary"), LONG_SHARD)
+    sizes = [_resident_mb()]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            sizes.append(_resident_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun = time.perf_counter()
+    try:
+        compact(store, plan)
+    finally:
+        wall_s = time.perf_counter() - begun
+        over.set()
+        watcher.join()
+    return {"samples": plan.n_samples, "wall_s": wall_s, "growth_mb": max(sizes) - sizes[0]}
 
 
 def _workers(seconds_a_sample: float, gate: Gate | None, log: DrawLog | None) -> Workers:

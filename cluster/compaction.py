@@ -14,8 +14,8 @@ from cluster.plan import Plan, ShardKey
 from cluster.rows import decode, merge
 from cluster.store import MERGED, ResultStore
 
-# About 10 MB; a benchmark of 24,000 images is two files.
-ROWS_A_FILE = 16_384
+# A few MB: the driver holds one file's rows at a time, and a benchmark of 24,000 images is six files.
+ROWS_A_FILE = 4_096
 
 log = logging.getLogger(__name__)
 

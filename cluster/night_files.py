@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 
 from bitflux_core.errors import UserError
+from cluster.failing_storage import patiently
 from cluster.overwrite import overwrite
 from cluster.plan import Plan
 from cluster.store import ResultStore
@@ -116,7 +117,7 @@ class NightFiles:
     def _numbers(self, series: str) -> list[int]:
         self._fs.invalidate_cache()
         try:
-            paths = self._fs.ls(f"{self._root}/accepted/{series}", detail=False)
+            paths = patiently(lambda: self._fs.ls(f"{self._root}/accepted/{series}", detail=False))
         except FileNotFoundError:
             return []
         stems = [path.rstrip("/").rpartition("/")[2].removesuffix(".json") for path in paths if path.endswith(".json")]
@@ -124,7 +125,7 @@ class NightFiles:
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads(self._fs.cat_file(f"{self._root}/{name}"))
+            return json.loads(patiently(lambda: self._fs.cat_file(f"{self._root}/{name}")))
         except FileNotFoundError:
             return None
 

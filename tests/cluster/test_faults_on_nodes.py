@@ -111,7 +111,8 @@ def test_a_node_that_joins_gets_a_replica(plan, store, tmp_path, nodes, undistur
     with meanwhile(lambda: len(draws(tmp_path)) > 2, nodes):
         rows = finish(plan, store, Faults(tmp_path, seconds=0.1, gather=2))
     assert by_id(rows) == undisturbed
-    assert {row["worker"].split("@")[0] for row in rows} == {"replica-0", "replica-1"}
+    # The number is that of its place in the pool: a slow machine may make a second place before the first is filled.
+    assert {row["worker"].split("@")[0] for row in rows} > {"replica-0"}
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_the_scheduler_for_real(tmp_path):
     done = subprocess.run([*command, *knobs], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["what"]: row for row in files(tmp_path, "scheduler")[1]}
-    assert set(rows) == {"scheduler", "Ray Data", "plan", "driver's memory", "resume scan"}
+    assert set(rows) == {"scheduler", "Ray Data", "plan", "driver's memory", "resume scan", "merging the files"}
     for engine in ("scheduler", "Ray Data"):
         assert (rows[engine]["samples"], rows[engine]["replicas"]) == (16, 2)
         assert rows[engine]["draw_s"] >= 16  # every sample waited its second
