@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from bitflux_core.mini.world import vocabulary
+from bitflux_core.mini.compositions import vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -11,11 +11,18 @@ from torch import Tensor
 from bitflux_core.mini.world import (
     ANY,
     COLORS,
+    FORMS,
+    HANGING,
     HELD_OUT,
+    IN_FRONT,
+    INSIDE,
     MAX_OBJECTS,
     NEXT_TO,
     PALETTE,
     SHAPES,
+    STANDING,
+    TEXTURES,
+    TOUCHING,
     PromptSpec,
 )
 
@@ -25,16 +32,31 @@ MARGIN = 3.0  # pixels between an object and the border
 GAP = 6.0  # pixels between two objects
 RADIUS = {1: (24.0, 38.0), 2: (19.0, 27.0), 3: (15.0, 21.0), 4: (15.0, 21.0)}
 TRIES = 48
+# By form: half the width and half the height, in radii; and the radius itself where the form decides it.
+STRETCH = ((1.0, 1.0), (0.6, 1.1), (1.1, 0.6), (1.0, 1.0), (1.0, 1.0))
+FORM_RADIUS = {FORMS.index("big"): (28.0, 32.0), FORMS.index("small"): (11.0, 14.0)}
+# Objects that meet: how far object 1 lies from object 0, in mean radii along the direction that the relation gives.
+MEETING = {IN_FRONT: (0.8, 1.1), TOUCHING: (1.75, 1.9), INSIDE: (0.0, 0.1), STANDING: (1.7, 1.85), HANGING: (1.7, 1.85)}
+UP, DOWN = -torch.pi / 2, torch.pi / 2
+SPREAD = 0.25  # radians that contact from above or below may lean
+HOLDS = (32.0, 38.0)  # radius of what another object is inside of,
+HELD = 0.4  # and that one's share of it
+TEXTURE_CELLS = 2.5  # stripes, dots and checks in a radius: about eight pixels each
+SHADE = 0.55  # how far a texture's second tone is from the first one towards white
 
 
 @dataclass
 class PromptTable:
-    """Prompt specs as tensors: shapes_PO, colors_PO (`ANY` where free), count_P, relation_P, same_color_P."""
+    """Prompt specs as tensors: shapes_PO, colors_PO (`ANY` where free), textures_PO, forms_PO; count_P, relation_P,
+    third_P, same_color_P."""
 
     shapes_PO: Tensor
     colors_PO: Tensor
+    textures_PO: Tensor
+    forms_PO: Tensor
     count_P: Tensor
     relation_P: Tensor
+    third_P: Tensor
     same_color_P: Tensor
 
     @classmethod
@@ -48,71 +70,145 @@ class PromptTable:
         return cls(
             shapes_PO=as_tensor([pad(spec.shapes, NO_SHAPE) for spec in specs]),
             colors_PO=as_tensor([pad(spec.colors, ANY) for spec in specs]),
+            textures_PO=as_tensor([pad(spec.textures, 0) for spec in specs]),
+            forms_PO=as_tensor([pad(spec.forms, 0) for spec in specs]),
             count_P=as_tensor([len(spec.shapes) for spec in specs]),
             relation_P=as_tensor([spec.relation for spec in specs]),
+            third_P=as_tensor([spec.third for spec in specs]),
             same_color_P=as_tensor([spec.tag == "counting" for spec in specs]),
         )
 
 
 @dataclass
 class Scenes:
-    """Concrete scenes: shapes_BO, colors_BO (palette indices), x_BO, y_BO, radius_BO in pixels."""
+    """Concrete scenes: shapes_BO, colors_BO (palette indices), textures_BO, forms_BO; x_BO, y_BO, radius_BO in pixels.
+
+    A later object covers an earlier one; `covers_B` says whether object 1 is meant to.
+    """
 
     shapes_BO: Tensor
     colors_BO: Tensor
+    textures_BO: Tensor
+    forms_BO: Tensor
     x_BO: Tensor
     y_BO: Tensor
     radius_BO: Tensor
+    covers_B: Tensor
 
 
 def sample_scenes(table: PromptTable, index_B: Tensor, generator: torch.Generator) -> Scenes:
     """One random scene for each chosen prompt. Free colours never form a held-out pair."""
-    shapes_BO = table.shapes_PO[index_B]
-    colors_BO = _sample_colors(shapes_BO, table.colors_PO[index_B], table.same_color_P[index_B], generator)
-    x_BO, y_BO, radius_BO = _place(table.count_P[index_B], table.relation_P[index_B], generator)
-    return Scenes(shapes_BO, colors_BO, x_BO, y_BO, radius_BO)
+    shapes_BO, forms_BO = table.shapes_PO[index_B], table.forms_PO[index_B]
+    relation_B, third_B = table.relation_P[index_B], table.third_P[index_B]
+    meets_B = relation_B > NEXT_TO
+    colors_BO = _sample_colors(shapes_BO, table.colors_PO[index_B], table.same_color_P[index_B], meets_B, generator)
+    x_BO, y_BO, radius_BO = _place(table.count_P[index_B], relation_B, third_B, forms_BO, generator)
+    covers_B = (relation_B == IN_FRONT) | (relation_B == INSIDE)
+    return Scenes(shapes_BO, colors_BO, table.textures_PO[index_B], forms_BO, x_BO, y_BO, radius_BO, covers_B)
 
 
-def _sample_colors(shapes_BO: Tensor, wanted_BO: Tensor, same_B: Tensor, generator: torch.Generator) -> Tensor:
+def _sample_colors(
+    shapes_BO: Tensor, wanted_BO: Tensor, same_B: Tensor, apart_B: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Free colours: one for all objects where `same_B`, another for object 1 than for object 0 where `apart_B`."""
     device = shapes_BO.device
     allowed = torch.ones(len(SHAPES) + 1, len(COLORS), device=device)
     for shape, color in HELD_OUT:
         allowed[shape, color] = 0
-    free_BO = torch.multinomial(allowed[shapes_BO].flatten(0, 1), 1, generator=generator).view(shapes_BO.shape)
-    free_BO = torch.where(same_B[:, None], free_BO[:, :1], free_BO)
-    return torch.where(wanted_BO == ANY, free_BO, wanted_BO)
+
+    def drawn(weight_BOC: Tensor) -> Tensor:
+        chosen = torch.multinomial(weight_BOC.flatten(0, 1), 1, generator=generator).view(shapes_BO.shape)
+        return torch.where(wanted_BO == ANY, chosen, wanted_BO)
+
+    free_BO = drawn(allowed[shapes_BO])
+    others_BC = 1 - torch.nn.functional.one_hot(free_BO[:, 0], len(COLORS)).float()
+    apart_BO = drawn(allowed[shapes_BO] * others_BC[:, None])
+    free_BO[:, 1] = torch.where(apart_B, apart_BO[:, 1], free_BO[:, 1])
+    same_BO = torch.where(wanted_BO == ANY, free_BO[:, :1], wanted_BO)
+    return torch.where(same_B[:, None], same_BO, free_BO)
 
 
-def _place(count_B: Tensor, relation_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres and radii without overlap: the first of `TRIES` random candidates that fits, else the roomiest."""
+def _place(
+    count_B: Tensor, relation_B: Tensor, third_B: Tensor, forms_BO: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres and radii without overlap but where a relation asks for one: the first of `TRIES` random candidates that
+    fits, else the roomiest."""
     device, batch = count_B.device, count_B.shape[0]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device, generator=generator)
 
-    bounds = torch.tensor([RADIUS[n] for n in range(1, MAX_OBJECTS + 1)], device=device)[count_B - 1]
-    radius_BO = bounds[:, :1] + (bounds[:, 1:] - bounds[:, :1]) * uniform(batch, MAX_OBJECTS)
-    low_BO = radius_BO + MARGIN
-    center_BTO2 = low_BO[:, None, :, None] + (SIZE - 2 * low_BO)[:, None, :, None] * uniform(
-        batch, TRIES, MAX_OBJECTS, 2
+    radius_BO = _radii(count_B, relation_B, forms_BO, uniform(batch, MAX_OBJECTS))
+    stretch_BO2 = torch.tensor(STRETCH, device=device)[forms_BO]
+    low_BO2 = radius_BO[..., None] * stretch_BO2 + MARGIN
+    center_BTO2 = low_BO2[:, None] + (SIZE - 2 * low_BO2)[:, None] * uniform(batch, TRIES, MAX_OBJECTS, 2)
+
+    meets_B = relation_B > NEXT_TO
+    center_BTO2[:, :, 1] = torch.where(
+        meets_B[:, None, None],
+        center_BTO2[:, :, 0] + _meeting_offset(relation_B, radius_BO, uniform(2, batch, TRIES)),
+        center_BTO2[:, :, 1],
     )
+    outside_BT = (torch.minimum(center_BTO2, SIZE - center_BTO2) - low_BO2[:, None])[:, :, 1].clamp(max=0).sum(-1)
+
     present_BO = torch.arange(MAX_OBJECTS, device=device) < count_B[:, None]
     offset_BTOO2 = center_BTO2[:, :, :, None] - center_BTO2[:, :, None]
-    room_BTOO = offset_BTOO2.norm(dim=-1) - (radius_BO[:, :, None] + radius_BO[:, None])[:, None]
+    reach_BO = (radius_BO[..., None] * stretch_BO2).amax(-1)
+    room_BTOO = offset_BTOO2.norm(dim=-1) - (reach_BO[:, :, None] + reach_BO[:, None])[:, None]
     pair_BOO = present_BO[:, :, None] & present_BO[:, None]
     pair_BOO &= ~torch.eye(MAX_OBJECTS, dtype=torch.bool, device=device)
+    pair_BOO[:, 0, 1] &= ~meets_B
+    pair_BOO[:, 1, 0] &= ~meets_B
     room_BT = room_BTOO.masked_fill(~pair_BOO[:, None], SIZE).amin(dim=(-1, -2))
 
-    # A relation holds clearly: object 1 lies along one axis from object 0, at most 40 % off it sideways.
-    dx_BT, dy_BT = (center_BTO2[:, :, 1] - center_BTO2[:, :, 0]).unbind(-1)
-    along = torch.stack([-dx_BT, dx_BT, -dy_BT, dy_BT, dx_BT.abs()])
-    across = torch.stack([dy_BT, dy_BT, dx_BT, dx_BT, dy_BT]).abs()
-    clear_BT = (across - 0.4 * along).gather(0, relation_B.clamp(0, NEXT_TO)[None, :, None].expand(1, -1, TRIES))[0]
-    score_BT = (room_BT - GAP).clamp(max=0.0)
-    score_BT = torch.where(relation_B[:, None] == ANY, score_BT, score_BT + (-clear_BT).clamp(max=0.0))
+    score_BT = (room_BT - GAP).clamp(max=0.0) + outside_BT
+    score_BT += _clearness(center_BTO2[:, :, 1] - center_BTO2[:, :, 0], torch.where(meets_B, ANY, relation_B))
+    score_BT += _clearness(center_BTO2[:, :, 2] - center_BTO2[:, :, 0], third_B)
     best_B = score_BT.argmax(dim=1)
     center_BO2 = center_BTO2[torch.arange(batch, device=device), best_B]
     return center_BO2[..., 0], center_BO2[..., 1], radius_BO
+
+
+def _radii(count_B: Tensor, relation_B: Tensor, forms_BO: Tensor, uniform_BO: Tensor) -> Tensor:
+    device = count_B.device
+    bounds_BO2 = torch.tensor([RADIUS[n] for n in range(1, MAX_OBJECTS + 1)], device=device)[count_B - 1]
+    bounds_BO2 = bounds_BO2[:, None].expand(-1, MAX_OBJECTS, -1)
+    for form, bounds in FORM_RADIUS.items():
+        bounds_BO2 = torch.where((forms_BO == form)[..., None], torch.tensor(bounds, device=device), bounds_BO2)
+    inside_B = relation_B == INSIDE
+    held = torch.tensor([HOLDS, (HELD * HOLDS[0], HELD * HOLDS[0])], device=device)
+    bounds_BO2 = torch.cat([torch.where(inside_B[:, None, None], held, bounds_BO2[:, :2]), bounds_BO2[:, 2:]], 1)
+    return bounds_BO2[..., 0] + (bounds_BO2[..., 1] - bounds_BO2[..., 0]) * uniform_BO
+
+
+def _meeting_offset(relation_B: Tensor, radius_BO: Tensor, uniform_2BT: Tensor) -> Tensor:
+    """From object 0 to object 1 where they meet, [B, T, 2] in pixels; 0 for other relations."""
+    turn_BT, reach_BT = uniform_2BT
+    distance_BT = torch.zeros_like(turn_BT)
+    for relation, (low, high) in MEETING.items():
+        distance_BT = torch.where((relation_B == relation)[:, None], low + (high - low) * reach_BT, distance_BT)
+    angle_BT = 2 * torch.pi * turn_BT
+    # What touches does so from the side, for from above and below there are words of their own.
+    sides_BT = torch.where(turn_BT < 0.5, 0.0, torch.pi) + 2 * SPREAD * (2 * (2 * turn_BT).frac() - 1)
+    angle_BT = torch.where((relation_B == TOUCHING)[:, None], sides_BT, angle_BT)
+    lean_BT = SPREAD * (2 * turn_BT - 1)
+    angle_BT = torch.where((relation_B == STANDING)[:, None], UP + lean_BT, angle_BT)
+    angle_BT = torch.where((relation_B == HANGING)[:, None], DOWN + lean_BT, angle_BT)
+    pixels_BT = distance_BT * radius_BO[:, :2].mean(1, keepdim=True)
+    return torch.stack([pixels_BT * angle_BT.cos(), pixels_BT * angle_BT.sin()], dim=-1)
+
+
+def _clearness(offset_BT2: Tensor, relation_B: Tensor) -> Tensor:
+    """0 where a relation holds clearly, by how many pixels it fails (negative) elsewhere, [B, T].
+
+    It holds where the offset lies along one axis, at most 40 % off it sideways.
+    """
+    dx_BT, dy_BT = offset_BT2.unbind(-1)
+    along = torch.stack([-dx_BT, dx_BT, -dy_BT, dy_BT, dx_BT.abs()])
+    across = torch.stack([dy_BT, dy_BT, dx_BT, dx_BT, dy_BT]).abs()
+    chosen = relation_B.clamp(0, NEXT_TO)[None, :, None].expand(1, -1, TRIES)
+    clear_BT = (across - 0.4 * along).gather(0, chosen)[0]
+    return torch.where(relation_B[:, None] == ANY, 0.0, (-clear_BT).clamp(max=0.0))
 
 
 def shape_distances(u: Tensor, v: Tensor) -> list[Tensor]:
@@ -138,30 +234,67 @@ def shape_distances(u: Tensor, v: Tensor) -> list[Tensor]:
 
 def coverage(scenes: Scenes) -> Tensor:
     """Antialiased coverage of each object, float32 [B, O, H, W] in [0, 1]; an empty slot covers nothing."""
-    device = scenes.x_BO.device
-    grid = torch.arange(SIZE, device=device) + 0.5
-    radius = scenes.radius_BO[..., None, None]
-    u = (grid[None, None, None, :] - scenes.x_BO[..., None, None]) / radius
-    v = (grid[None, None, :, None] - scenes.y_BO[..., None, None]) / radius
-    u, v = torch.broadcast_tensors(u, v)
+    u, v, half_BO11 = _own_coordinates(scenes)
     chosen = torch.full_like(u, float(SIZE))
     for shape, distance in enumerate(shape_distances(u, v)):
         chosen = torch.where((scenes.shapes_BO == shape)[..., None, None], distance, chosen)
-    return (0.5 - chosen * radius).clamp(0, 1)
+    return (0.5 - chosen * half_BO11).clamp(0, 1)
+
+
+def _own_coordinates(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each pixel lies in each object's own frame, u and v [B, O, H, W]; and pixels per unit of the smaller."""
+    grid = torch.arange(SIZE, device=scenes.x_BO.device) + 0.5
+    half_BO2 = scenes.radius_BO[..., None] * torch.tensor(STRETCH, device=grid.device)[scenes.forms_BO]
+    u = (grid[None, None, None, :] - scenes.x_BO[..., None, None]) / half_BO2[..., :1, None]
+    v = (grid[None, None, :, None] - scenes.y_BO[..., None, None]) / half_BO2[..., 1:, None]
+    u, v = torch.broadcast_tensors(u, v)
+    return u, v, half_BO2.amin(-1)[..., None, None]
+
+
+def _second_tone(scenes: Scenes) -> Tensor:
+    """The share of a texture's second tone at each pixel of each object, [B, O, H, W]; softened at its edges."""
+    grid = torch.arange(SIZE, device=scenes.x_BO.device) + 0.5
+    # In pixels of the picture, not of the stretched object: a stripe is as wide on a tall star as on a wide one.
+    scale = torch.pi * TEXTURE_CELLS / scenes.radius_BO[..., None, None]
+    x, y = torch.broadcast_tensors(
+        (grid[None, None, None, :] - scenes.x_BO[..., None, None]) * scale,
+        (grid[None, None, :, None] - scenes.y_BO[..., None, None]) * scale,
+    )
+    stripes = y.sin()
+    dots = x.cos() * y.cos() - 0.45
+    checks = 2 * x.sin() * y.sin()
+    waves = {"striped": stripes, "dotted": 2 * dots, "checkered": checks}
+    tone = torch.zeros_like(stripes)
+    for name, wave in waves.items():
+        chosen = (scenes.textures_BO == TEXTURES.index(name))[..., None, None]
+        tone = torch.where(chosen, (0.5 + 3 * wave).clamp(0, 1), tone)
+    return tone
 
 
 def render(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images, float32 [B, 3, H, W] in [0, 1], and object masks, bool [B, O, H, W]."""
+    """Images, float32 [B, 3, H, W] in [0, 1], and masks of what is seen of each object, bool [B, O, H, W]."""
     device = scenes.x_BO.device
     coverage_BOHW = coverage(scenes)
     palette = torch.tensor(list(PALETTE.values()), device=device)
     batch = scenes.x_BO.shape[0]
     jitter = 0.05 * (torch.rand(batch, MAX_OBJECTS, 3, device=device, generator=generator) - 0.5)
     rgb_BO3 = (palette[scenes.colors_BO] + jitter).clamp(0, 1)
+    second_BO3 = torch.lerp(rgb_BO3, torch.ones_like(rgb_BO3), SHADE)
     light = 0.82 + 0.08 * torch.rand(batch, 1, device=device, generator=generator)
     tint = 0.04 * (torch.rand(batch, 3, device=device, generator=generator) - 0.5)
     image = (light + tint)[:, :, None, None].expand(-1, -1, SIZE, SIZE)
+    tone_BOHW = _second_tone(scenes)
     for slot in range(MAX_OBJECTS):
-        alpha = coverage_BOHW[:, slot, None]
-        image = image * (1 - alpha) + rgb_BO3[:, slot, :, None, None] * alpha
-    return image, coverage_BOHW > 0.5
+        alpha, tone = coverage_BOHW[:, slot, None], tone_BOHW[:, slot, None]
+        color = torch.lerp(rgb_BO3[:, slot, :, None, None], second_BO3[:, slot, :, None, None], tone)
+        image = image * (1 - alpha) + color * alpha
+    masks_BOHW = coverage_BOHW > 0.5
+    behind_BOHW = masks_BOHW.flip(1).cumsum(1).flip(1) > 1
+    return image, masks_BOHW & ~behind_BOHW
+
+
+def depth_map(scenes: Scenes, masks_BOHW: Tensor) -> Tensor:
+    """How near each pixel is, float32 [B, H, W] in [0, 1]: background 0, objects 0.5, one in front of another 1."""
+    near_BO = torch.full_like(scenes.x_BO, 0.5)
+    near_BO[:, 1] = torch.where(scenes.covers_B, 1.0, 0.5)
+    return (near_BO[..., None, None] * masks_BOHW).amax(1)

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
+from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.world import PALETTE, SHAPES, training_prompts
+from bitflux_core.mini.world import PALETTE, SHAPES
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3

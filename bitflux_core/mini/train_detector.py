@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
+from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.detector import batched_loss, normalise
 from bitflux_core.mini.render import NO_SHAPE, PromptTable, render, sample_scenes
-from bitflux_core.mini.world import training_prompts
 from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3

@@ -13,9 +13,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.models import TOKENS
 from bitflux_core.mini.render import PromptTable, render, sample_scenes
-from bitflux_core.mini.world import training_prompts
 from bitflux_core.optimizers import Muon
 from bitflux_core.training import (
     Average,

@@ -2,7 +2,8 @@
 
 Left to the flow alone, the encoder stays a bag of words for very long: the images' loss hardly tells "a red star and a
 blue ring" from "a blue star and a red ring". FLUX's T5 came pretrained on language; this is the mini's share of that.
-Every noun learns to carry its color, its number and its side of a relation; every token keeps its own word.
+Every noun learns to carry what is said of it (colour, texture, form, number) and its side of a relation; every token
+keeps its own word.
 
 Legend: B prompts, T tokens, D width, P all prompts.
 """
@@ -12,15 +13,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.models import TOKENS
-from bitflux_core.mini.world import ANY, COLORS, NEXT_TO, PLURALS, RELATIONS, SHAPES, PromptSpec, training_prompts
+from bitflux_core.mini.world import (
+    ANY,
+    COLORS,
+    FORMS,
+    HANGING,
+    IN_FRONT,
+    MAX_OBJECTS,
+    NEXT_TO,
+    OPPOSITE,
+    PLURALS,
+    SHAPES,
+    TEXTURES,
+    PromptSpec,
+)
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
 BIAS = 4.0
-OPPOSITE = (1, 0, 3, 2)  # of RELATIONS
 NO_LABEL = -100  # cross_entropy skips it
-QUESTIONS = {"color": len(COLORS) + 1, "side": len(RELATIONS) + 1, "number": 4}
+# What a relation makes of object 1, and of object 0. Those of the plane are each other's opposites.
+SIDES = (
+    *((relation, OPPOSITE[relation]) for relation in range(NEXT_TO)),
+    (NEXT_TO, NEXT_TO),
+    *((relation, relation + HANGING) for relation in range(IN_FRONT, HANGING + 1)),
+)
+NO_SIDE = max(max(pair) for pair in SIDES) + 1
+QUESTIONS = {
+    "color": len(COLORS) + 1,
+    "texture": len(TEXTURES),
+    "form": len(FORMS),
+    "number": MAX_OBJECTS,
+    "side": NO_SIDE + 1,
+    "place": NO_SIDE + 1,  # of the object that a third one's place is told by, and of the third
+}
 
 
 def point_heads_at_neighbours(t5: T5EncoderModel) -> None:
@@ -39,17 +67,21 @@ def point_heads_at_neighbours(t5: T5EncoderModel) -> None:
 def noun_labels(spec: PromptSpec) -> dict[str, list[int]]:
     """Per token of the prompt, the answer to each of `QUESTIONS` at its nouns, `NO_LABEL` elsewhere."""
     labels = {question: [NO_LABEL] * TOKENS for question in QUESTIONS}
-    related = 0 <= spec.relation < NEXT_TO
-    objects = [1, 0] if related else [spec.shapes.index(shape) for shape in dict.fromkeys(spec.shapes)]
     places = [place for place, word in enumerate(spec.text.split()) if word in SHAPES or word in PLURALS]
-    for place, index in zip(places, objects, strict=True):
+    for place, index in zip(places, spec.nouns, strict=True):
         color = spec.colors[index]
         labels["color"][place] = len(COLORS) if color == ANY else color
+        labels["texture"][place] = spec.textures[index] if spec.textures else 0
+        labels["form"][place] = spec.forms[index] if spec.forms else 0
         labels["number"][place] = spec.shapes.count(spec.shapes[index]) - 1
-        labels["side"][place] = len(RELATIONS)
-        if related:
-            labels["side"][place] = spec.relation if index == 1 else OPPOSITE[spec.relation]
+        labels["side"][place] = _side(spec.relation, index)
+        labels["place"][place] = _side(spec.third, {0: 0, 2: 1}.get(index, 2))
     return labels
+
+
+def _side(relation: int, index: int) -> int:
+    """What a relation makes of object 1, or of object 0; of others nothing."""
+    return NO_SIDE if relation == ANY or index > 1 else SIDES[relation][1 - index]
 
 
 def train_text(

@@ -5,8 +5,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import PromptTable, render, sample_scenes
-from bitflux_core.mini.world import training_prompts
 from bitflux_core.training import Progress, RunningMean, capture, warmup_then_cosine
 
 LEARNING_RATE = 2e-3

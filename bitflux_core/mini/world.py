@@ -2,6 +2,7 @@
 
 A `PromptSpec` is a prompt together with the scene that it describes; `training_prompts` lists every prompt that the
 models learn from, `benchmark_prompts` samples the mini GenEval, whose colour prompts include the held-out pairs.
+Textures, forms, overlaps and contacts are T2I-CompBench's part of the world: see `compositions`.
 """
 
 import itertools
@@ -28,9 +29,13 @@ PALETTE = {
 COLORS = tuple(PALETTE)[:8]
 NUMBERS = ("one", "two", "three", "four")
 MEDIA = ("photo", "picture", "image", "drawing", "painting", "rendering", "sketch", "print", "poster", "snapshot")
+TEXTURES = ("plain", "striped", "dotted", "checkered")  # the first is what no prompt asks for gets
+FORMS = ("regular", "tall", "wide", "big", "small")  # likewise
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = (1, 0, 3, 2)  # of RELATIONS
 PARAPHRASES = ("on the left of", "on the right of", "on the top of", "on the bottom of")
-NEXT_TO = len(RELATIONS)
+# Object 1 to object 0, from here on; the last five bring the two together.
+NEXT_TO, IN_FRONT, TOUCHING, INSIDE, STANDING, HANGING = range(len(RELATIONS), len(RELATIONS) + 6)
 
 # One pair for every shape and every colour: no training image or caption shows them, scoring asks for all of them.
 HELD_OUT = frozenset((shape, (shape * 3 + 2) % len(COLORS)) for shape in range(len(SHAPES)))
@@ -45,7 +50,9 @@ ANY = -1
 class PromptSpec:
     """A prompt and its scene.
 
-    A shape and a colour (`ANY` = free) for each object; `relation` is that of object 1 to object 0.
+    A shape and a colour (`ANY` = free) for each object; `relation` is that of object 1 to object 0, `third` that of
+    object 2 to object 0. `textures` and `forms` are the first of their kind where left out. A prompt names object 1
+    before the object that it is related to, but where it is `turned`.
     """
 
     tag: str
@@ -53,10 +60,20 @@ class PromptSpec:
     shapes: tuple[int, ...]
     colors: tuple[int, ...]
     relation: int = ANY
+    third: int = ANY
+    textures: tuple[int, ...] = ()
+    forms: tuple[int, ...] = ()
+    turned: bool = False
 
     @property
     def held_out(self) -> bool:
         return any(pair in HELD_OUT for pair in zip(self.shapes, self.colors, strict=True))
+
+    @property
+    def nouns(self) -> list[int]:
+        """The objects in the order of the prompt's nouns; of several of one shape, which share a noun, the first."""
+        objects = [self.shapes.index(shape) for shape in dict.fromkeys(self.shapes)]
+        return objects if self.relation == ANY or self.turned else [1, 0, *objects[2:]]
 
     def metadata(self) -> dict:
         """The prompt's line of GenEval metadata (`include`, `exclude`), as PROTOCOLS writes it."""
