@@ -151,7 +151,7 @@ def _complex_one(rng: random.Random, kind: str) -> PromptSpec:
         colors.append(color)
         textures.append(texture)
     place, relation = rng.choice(PLACES)
-    action, contact = rng.choice(ACTIONS)
+    action, contact = rng.choice([one for one in ACTIONS if not three or " " not in one[0]])  # else it does not fit
     spec = PromptSpec("complex", "", tuple(shapes), tuple(colors), textures=tuple(textures))
     if kind == "spatial":
         return replace(spec, text=f"{phrases[1]} is {place} {phrases[0]}", relation=relation)

@@ -15,6 +15,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 TOKENS = 16
 T5_WIDTH = 128
 CLIP_WIDTH = 96
+BIAS = 4.0  # of attention to a neighbour, before training
 LATENT_CHANNELS = 16
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<mask>", "</s>", "<s>"]  # id 2 stays unused: CLIP treats eos id 2 as a legacy case
 PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
@@ -103,7 +104,21 @@ def build_text_encoders(vocabulary_size: int, end_id: int) -> tuple[CLIPTextMode
             use_cache=False,
         )
     )
+    point_heads_at_neighbours(t5)
     return clip, t5
+
+
+def point_heads_at_neighbours(t5: T5EncoderModel) -> None:
+    """Starts the four heads' relative bias at: the word before, the word after, all before, all after.
+
+    Buckets of T5's bidirectional bias (32 of them): 0-15 the same place and before, 16-31 after, the nearest exact.
+    """
+    bias_RH = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    before, after = slice(1, 16), slice(17, 32)
+    with torch.no_grad():
+        bias_RH.zero_()
+        bias_RH[1, 0] = bias_RH[17, 1] = BIAS
+        bias_RH[before, 2] = bias_RH[after, 3] = BIAS / 2
 
 
 def build_pipeline(seed: int = 0) -> FluxPipeline:
@@ -121,3 +136,14 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
         tokenizer_2=t5_tokenizer,
         transformer=build_transformer(),
     )
+
+
+def widen_vocabulary(pipeline: FluxPipeline, words: list[str]) -> None:
+    """Adds the words that the pipeline's tokenizers lack; the others keep their ids, and what was learnt of them."""
+    known = pipeline.tokenizer_2.get_vocab()
+    kept = [word for word in sorted(known, key=known.__getitem__) if word not in SPECIAL_TOKENS]
+    everything = kept + [word for word in words if word not in known]
+    pipeline.tokenizer = build_tokenizer(start=True, words=everything)
+    pipeline.tokenizer_2 = build_tokenizer(start=False, words=everything)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)

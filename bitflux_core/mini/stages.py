@@ -18,14 +18,18 @@ from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
 from bitflux_core.errors import UserError
 from bitflux_core.files import fingerprint
 from bitflux_core.mini.clip import build_clip, save_weights, write_config
+from bitflux_core.mini.compositions import training_prompts, vocabulary
+from bitflux_core.mini.depth import build_depth, save_depth, train_depth
 from bitflux_core.mini.detector import build_detector, save_detector
-from bitflux_core.mini.models import TOKENS, build_pipeline
+from bitflux_core.mini.models import TOKENS, build_pipeline, widen_vocabulary
 from bitflux_core.mini.train_clip import train_clip
 from bitflux_core.mini.train_detector import train_detector
 from bitflux_core.mini.train_teacher import train_teacher
 from bitflux_core.mini.train_text import train_text
+from bitflux_core.mini.train_vae import LEARNING_RATE as VAE_LR
 from bitflux_core.mini.train_vae import train_vae
-from bitflux_core.mini.world import training_prompts
+from bitflux_core.mini.train_vqa import train_vqa
+from bitflux_core.mini.vqa import build_tokenizer, build_vqa, save_vqa
 from bitflux_core.training import use_fast_math
 
 SHARD_SIZE = "15MB"  # small enough to commit
@@ -41,6 +45,7 @@ class TrainSettings:
     seed: int = 0
     vae_steps: int = 1600
     vae_batch: int = 64
+    vae_lr: float = VAE_LR  # less, where the stage goes on from a trained one
     text_steps: int = 1500
     text_batch: int = 256
     images: int = 250_000  # rendered scenes that the teacher learns from
@@ -52,6 +57,10 @@ class TrainSettings:
     detector_batch: int = 256
     clip_steps: int = 1000
     clip_batch: int = 512
+    vqa_steps: int = 6000
+    vqa_batch: int = 512
+    depth_steps: int = 2000
+    depth_batch: int = 128
     twin_steps: int = 6000
     twin_seconds: float | None = None
     twin_prompts: int = 32_768
@@ -78,9 +87,14 @@ def run_stages(names: list[str], settings: TrainSettings) -> None:
 
 
 def _vae(settings: TrainSettings, device: torch.device) -> None:
-    pipeline = build_pipeline(settings.seed)
+    """Goes on from the pipeline in the folder, if there is one, with the words that its vocabulary lacks added."""
+    if (settings.output / "flux").exists():
+        pipeline = _load_pipeline(settings)
+        widen_vocabulary(pipeline, vocabulary())
+    else:
+        pipeline = build_pipeline(settings.seed)
     steps, batch = settings.vae_steps, settings.vae_batch
-    train_vae(pipeline.vae, steps=steps, batch=batch, device=device, seed=settings.seed)
+    train_vae(pipeline.vae, steps=steps, batch=batch, device=device, seed=settings.seed, learning_rate=settings.vae_lr)
     _save_pipeline(pipeline, settings.output / "flux")
 
 
@@ -139,6 +153,25 @@ def _clip(settings: TrainSettings, device: torch.device) -> None:
     save_weights(model, folder)
 
 
+def _vqa(settings: TrainSettings, device: torch.device) -> None:
+    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer()
+    model = build_vqa(tokenizer)
+    steps, batch = settings.vqa_steps, settings.vqa_batch
+    accuracy = train_vqa(model, tokenizer, steps=steps, batch=batch, device=device, seed=settings.seed)
+    print(f"vqa: {accuracy:.1%} of the last questions answered right", flush=True)
+    save_vqa(model.to("cpu", torch.bfloat16), tokenizer, settings.output / "vqa")
+
+
+def _depth(settings: TrainSettings, device: torch.device) -> None:
+    torch.manual_seed(settings.seed)
+    model = build_depth()
+    steps, batch = settings.depth_steps, settings.depth_batch
+    error = train_depth(model, steps=steps, batch=batch, device=device, seed=settings.seed)
+    print(f"depth: mean error {error:.3f}", flush=True)
+    save_depth(model.to("cpu", torch.bfloat16), settings.output / "depth")
+
+
 def _twin(settings: TrainSettings, device: torch.device) -> None:
     """The ternary twin, from the teacher and the training prompts alone: no image."""
     pipeline = _load_pipeline(settings).to(device)
@@ -167,6 +200,8 @@ STAGES: dict[str, Callable[[TrainSettings, torch.device], None]] = {
     "teacher": _teacher,
     "detector": _detector,
     "clip": _clip,
+    "vqa": _vqa,
+    "depth": _depth,
     "twin": _twin,
 }
 

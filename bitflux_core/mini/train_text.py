@@ -32,7 +32,6 @@ from bitflux_core.mini.world import (
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
-BIAS = 4.0
 NO_LABEL = -100  # cross_entropy skips it
 # What a relation makes of object 1, and of object 0. Those of the plane are each other's opposites.
 SIDES = (
@@ -49,19 +48,6 @@ QUESTIONS = {
     "side": NO_SIDE + 1,
     "place": NO_SIDE + 1,  # of the object that a third one's place is told by, and of the third
 }
-
-
-def point_heads_at_neighbours(t5: T5EncoderModel) -> None:
-    """Starts the four heads' relative bias at: the word before, the word after, all before, all after.
-
-    Buckets of T5's bidirectional bias (32 of them): 0-15 the same place and before, 16-31 after, the nearest exact.
-    """
-    bias_RH = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    before, after = slice(1, 16), slice(17, 32)
-    with torch.no_grad():
-        bias_RH.zero_()
-        bias_RH[1, 0] = bias_RH[17, 1] = BIAS
-        bias_RH[before, 2] = bias_RH[after, 3] = BIAS / 2
 
 
 def noun_labels(spec: PromptSpec) -> dict[str, list[int]]:
@@ -97,7 +83,6 @@ def train_text(
     labels = {question: torch.tensor([a[question] for a in answers], device=device) for question in QUESTIONS}
     labels["word"], sizes = ids_PT, {**QUESTIONS, "word": len(tokenizer)}
     t5.to(device).float().train()
-    point_heads_at_neighbours(t5)
     probes = nn.ModuleDict({question: nn.Linear(t5.config.d_model, size) for question, size in sizes.items()}).to(
         device
     )

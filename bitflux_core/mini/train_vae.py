@@ -21,7 +21,15 @@ def reconstruction_loss(image: Tensor, target: Tensor) -> Tensor:
     return error.abs().mean() + 2 * error.square().mean() + gradients
 
 
-def train_vae(vae: AutoencoderKL, *, steps: int, batch: int, device: torch.device, seed: int) -> None:
+def train_vae(
+    vae: AutoencoderKL,
+    *,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    learning_rate: float = LEARNING_RATE,
+) -> None:
     """Trains `vae` in place and sets its config's scaling_factor and shift_factor."""
     specs, weights = training_prompts()
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
@@ -58,7 +66,7 @@ def train_vae(vae: AutoencoderKL, *, steps: int, batch: int, device: torch.devic
     replay = capture(step, device)
     progress = Progress("vae", steps)
     for index in range(steps):
-        lr.fill_(LEARNING_RATE * warmup_then_cosine(index, steps))
+        lr.fill_(learning_rate * warmup_then_cosine(index, steps))
         if index % FRESH_EVERY == 0:
             pool = fresh(FRESH_EVERY * batch)
         pixels.copy_(pool[(index % FRESH_EVERY) * batch :][:batch])

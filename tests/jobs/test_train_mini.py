@@ -10,7 +10,7 @@ from jobs.train_mini import main
 def test_an_unknown_stage_is_refused(tmp_path, capsys):
     assert main(["--output", str(tmp_path), "--stages", "vae,cheese"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: unknown stage 'cheese': choose from vae, text, teacher, detector, clip, twin"
+        "error: unknown stage 'cheese': choose from vae, text, teacher, detector, clip, vqa, depth, twin"
     ]
     assert not list(tmp_path.iterdir())
 
@@ -27,11 +27,12 @@ def test_every_stage_makes_what_the_main_job_loads(tmp_path):
     from bitflux_core.samples import Sampling
     from evaluators.registry import build_evaluator
 
-    sizes = "vae=1 text=2 teacher=3 guidance=1 detector=1 clip=1 twin=2"
+    sizes = "vae=1 text=2 teacher=3 guidance=1 detector=1 clip=1 vqa=1 depth=1 twin=2"
     options = [
         word for name, steps in (pair.split("=") for pair in sizes.split()) for word in (f"--{name}-steps", steps)
     ]
     batches = ["--vae-batch", "2", "--text-batch", "4", "--batch", "4", "--detector-batch", "2", "--clip-batch", "4"]
+    batches += ["--vqa-batch", "4", "--depth-batch", "2"]
     assert main(["--output", str(tmp_path), "--images", "8", "--twin-prompts", "8", *options, *batches]) == 0
 
     models = {"detector": tmp_path / "detector", "clip": tmp_path / "clip"}

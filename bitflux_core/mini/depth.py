@@ -1,0 +1,99 @@
+"""The mini depth model: transformers' DPT at small dimensions, trained on scenes in which objects hide each other."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DPTConfig, DPTForDepthEstimation
+
+from bitflux_core.mini.compositions import training_prompts
+from bitflux_core.mini.render import SIZE, PromptTable, depth_map, render, sample_scenes
+from bitflux_core.mini.train_detector import wear
+from bitflux_core.mini.world import IN_FRONT, INSIDE
+from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
+
+LEARNING_RATE = 1e-3
+AVERAGE_DECAY = 0.998
+HIDING = 10.0  # times as often as the training mix: scenes in which one object is nearer than another
+PREPROCESSOR = {
+    "image_processor_type": "DPTImageProcessor",
+    "do_resize": True,
+    "size": {"height": SIZE, "width": SIZE},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+def build_depth() -> DPTForDepthEstimation:
+    """Random weights; seed torch before the call."""
+    return DPTForDepthEstimation(
+        DPTConfig(
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=384,
+            image_size=SIZE,
+            patch_size=8,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[32, 48, 64, 96],
+            reassemble_factors=[4, 2, 1, 0.5],
+            fusion_hidden_size=48,
+            readout_type="project",
+            is_hybrid=False,
+            use_auxiliary_head=False,
+        )
+    )
+
+
+def predicted_depth(model: DPTForDepthEstimation, images_BCHW: Tensor) -> Tensor:
+    """Float32 [B, H, W] of images in [0, 1]; larger is nearer."""
+    depth = model(pixel_values=(images_BCHW - 0.5) / 0.5).predicted_depth.float()
+    return F.interpolate(depth[:, None], size=images_BCHW.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device: torch.device, seed: int) -> float:
+    """Trains `model` in place; returns the mean error of the depth (from 0, the background, to 1, the nearest)."""
+    specs, weights = training_prompts()
+    weights = [
+        weight * (HIDING if spec.relation in (IN_FRONT, INSIDE) else 1)
+        for spec, weight in zip(specs, weights, strict=True)
+    ]
+    table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
+    )
+    average = Average(model.parameters(), AVERAGE_DECAY)
+    progress, error = Progress("depth", steps), RunningMean(device)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+        index = torch.multinomial(probability, batch, replacement=True, generator=generator)
+        scenes = sample_scenes(table, index, generator)
+        image, masks = render(scenes, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            found = predicted_depth(model, wear(image, generator))
+        loss = (found - depth_map(scenes, masks)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        error.add(loss)
+        progress.report(step, error.mean)
+    average.copy_to_live()
+    model.eval()
+    return error.mean.item()
+
+
+def save_depth(model: DPTForDepthEstimation, directory: Path) -> None:
+    model.save_pretrained(directory)
+    (Path(directory) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
