@@ -3,10 +3,13 @@
 A tag's score is the mean over its images; `overall` is the unweighted mean of the tags' scores. Images of one prompt
 are alike, so the bootstrap draws prompts, each with all of its images and with both variants' scores of them, and draws
 them within their tag (Davison and Hinkley 1997, "Bootstrap Methods and their Application": stratified resampling of
-clusters). Intervals are percentiles. What cannot be known is None: the score of a tag without a scored image, the
-interval of a tag with a single scored prompt (it does not show how prompts differ), and an overall that lacks a tag's.
+clusters). Intervals are percentiles. Standard errors are those of a mean over images in clusters (Liang and Zeger 1986,
+"Longitudinal data analysis using generalized linear models"), with P / (P - 1) for few prompts. What cannot be known is
+None: the score of a tag without a scored image, the interval and the standard error of a tag with a single scored
+prompt (it does not show how prompts differ), and an overall that lacks a tag's.
 
-Rows are mappings with `pair_id`, `tag`, `prompt_index` and `score` (None: the image could not be drawn or scored).
+Rows are mappings with `pair_id`, `tag`, `prompt_index` and `score` (None: the image could not be drawn or scored), and
+`correct` where prompts with a correct image are to be counted.
 
 Legend: V variants, P prompts, R resamples.
 """
@@ -19,17 +22,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 OVERALL = "overall"
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+POWER = 0.8  # chance that a difference of the smallest detectable size is found at `CONFIDENCE`
+DETECTABLE = float(norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(POWER))  # standard errors
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against a baseline on one tag, over the pairs that both have a score for."""
+    """A variant against a baseline on one tag, over the pairs that both have a score for.
+
+    `standard_error` is the difference's; `detectable` the smallest true difference that as many prompts show with a
+    chance of 80 %, None where no prompt differed: then the rows do not show how much prompts vary.
+    """
 
     benchmark: str
     tag: str
@@ -40,6 +50,8 @@ class Comparison:
     delta: float | None
     ci_low: float | None
     ci_high: float | None
+    standard_error: float | None
+    detectable: float | None
     n_expected: int
     n_scored: int
     n_failed: int
@@ -47,12 +59,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One variant's score on one tag."""
+    """One variant's score on one tag.
+
+    `prompts_correct` is the share of prompts with at least one correct image (GenEval's "% correct prompts"), over
+    those of which it is known: a prompt without a correct image and with one that failed is left out. None where images
+    are not right or wrong.
+    """
 
     tag: str
     score: float | None
     ci_low: float | None
     ci_high: float | None
+    standard_error: float | None
+    prompts_correct: float | None
     n_expected: int
     n_scored: int
     n_failed: int
@@ -88,6 +107,8 @@ def compare(
             delta=result.contrast,
             ci_low=result.low,
             ci_high=result.high,
+            standard_error=result.error,
+            detectable=DETECTABLE * result.error if result.error else None,
             n_expected=result.expected,
             n_scored=result.scored,
             n_failed=result.expected - result.scored,
@@ -100,12 +121,15 @@ def interval(
     rows: Sequence[Row], *, expected: Mapping[str, int] | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Estimate]:
     """One variant's scores: an estimate a tag and `overall` last. Arguments and errors as in `compare`."""
+    correct = _prompts_correct(rows)
     return [
         Estimate(
             tag=result.tag,
             score=result.contrast,
             ci_low=result.low,
             ci_high=result.high,
+            standard_error=result.error,
+            prompts_correct=correct.get(result.tag),
             n_expected=result.expected,
             n_scored=result.scored,
             n_failed=result.expected - result.scored,
@@ -131,6 +155,15 @@ class _Tag:
         """Each variant's mean over the images, [V]."""
         return self.sums_VP.sum(axis=1) / self.scored if self.scored else None
 
+    def standard_error(self, contrast_V: np.ndarray) -> float | None:
+        """Of the variants' means weighted by `contrast_V`: prompts are the clusters."""
+        prompts = len(self.images_P)
+        if prompts < 2:
+            return None
+        totals_P = contrast_V @ self.sums_VP
+        residuals_P = totals_P - totals_P.sum() / self.scored * self.images_P
+        return math.sqrt(prompts / (prompts - 1) * float(residuals_P @ residuals_P)) / self.scored
+
     def resampled(self, seed: int, resamples: int) -> np.ndarray | None:
         """Each variant's mean over the images of P prompts drawn with replacement, [V, R]."""
         prompts = len(self.images_P)
@@ -151,6 +184,7 @@ class _Result:
     contrast: float | None
     low: float | None
     high: float | None
+    error: float | None
 
 
 def _results(
@@ -159,14 +193,18 @@ def _results(
     """Every tag's scores, their sum weighted by `contrast_V` and its interval; then those of the mean over the tags."""
     scores = [tag.scores() for tag in tags]
     draws = [tag.resampled(seed, resamples) for tag in tags]
+    errors = [tag.standard_error(contrast_V) for tag in tags]
     results = [
-        _result(tag.name, tag.expected, tag.scored, contrast_V, scores_V, draws_VR, confidence)
-        for tag, scores_V, draws_VR in zip(tags, scores, draws, strict=True)
+        _result(tag.name, tag.expected, tag.scored, contrast_V, scores_V, draws_VR, error, confidence)
+        for tag, scores_V, draws_VR, error in zip(tags, scores, draws, errors, strict=True)
     ]
     expected, scored = sum(tag.expected for tag in tags), sum(tag.scored for tag in tags)
     # Tags are drawn apart from each other, so the r-th resample of the overall is the mean of the tags' r-th ones.
     mean_V, mean_VR = _mean(scores), _mean(draws)
-    return [*results, _result(OVERALL, expected, scored, contrast_V, mean_V, mean_VR, confidence)]
+    known = [error for error in errors if error is not None]
+    # Tags are apart from each other, and the overall is their unweighted mean.
+    error = math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+    return [*results, _result(OVERALL, expected, scored, contrast_V, mean_V, mean_VR, error, confidence)]
 
 
 def _result(
@@ -176,6 +214,7 @@ def _result(
     contrast_V: np.ndarray,
     scores_V: np.ndarray | None,
     draws_VR: np.ndarray | None,
+    error: float | None,
     confidence: float,
 ) -> _Result:
     low = high = contrast = None
@@ -185,7 +224,7 @@ def _result(
         tail = (1 - confidence) / 2
         low, high = np.quantile(contrast_V @ draws_VR, [tail, 1 - tail]).tolist()
     scores = [None] * len(contrast_V) if scores_V is None else scores_V.tolist()
-    return _Result(tag, expected, scored, scores, contrast, low, high)
+    return _Result(tag, expected, scored, scores, contrast, low, high, error)
 
 
 def _mean(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
@@ -214,6 +253,21 @@ def _by_tag(rows_by_variant: Sequence[Sequence[Row]], expected: Mapping[str, int
         sums_VP = np.array(sums_PV).reshape(len(images_P), len(scores)).T
         tags.append(_Tag(name, len(rows) if expected is None else expected[name], images_P, sums_VP))
     return tags
+
+
+def _prompts_correct(rows: Sequence[Row]) -> dict[str, float]:
+    """The share of prompts with a correct image by tag, and overall the mean of the tags'; of what is known."""
+    images: dict[tuple[str, int], list[bool | None]] = defaultdict(list)
+    for row in rows:
+        images[row["tag"], row["prompt_index"]].append(row.get("correct"))
+    prompts: dict[str, list[bool]] = defaultdict(list)
+    for (tag, _), answers in images.items():
+        if any(answers) or None not in answers:
+            prompts[tag].append(any(answers))
+    shares = {tag: sum(found) / len(found) for tag, found in prompts.items()}
+    tags = {tag for tag, _ in images}
+    # A tag of which nothing is known leaves the overall unknown.
+    return {**shares, OVERALL: sum(shares.values()) / len(shares)} if shares and len(shares) == len(tags) else shares
 
 
 def _scores_by_pair(rows: Sequence[Row]) -> dict[str, float]:

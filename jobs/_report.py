@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Rows = dict[tuple[str, str], list[dict]]  # by variant and benchmark
 
 BASELINE = "bf16"
-ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score"]
+ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score", "correct"]
 HALVED = "drawn_batch_size"
 MEMORY = {
     "cuda-peak": "peak memory (all that CUDA allocated)",
@@ -120,12 +120,13 @@ def document(summary: "RunSummary", scores: Scores) -> dict[str, Any]:
 
 def _comparison_table(comparisons: list[Comparison]) -> Table:
     baseline, variant = comparisons[0].baseline, comparisons[0].variant
-    columns = (baseline, variant, "difference", "95 % interval", "images", "failures")
+    columns = (baseline, variant, "difference", "95 % interval", "detectable", "images", "failures")
     table = _tag_table(f"{variant} against {baseline}, scores in %", columns)
     for c in comparisons:
         scores = (_percent(c.baseline_score), _percent(c.variant_score), _percent(c.delta, "+"))
         bounds = _bounds(c.ci_low, c.ci_high, "+")
-        _add_tag(table, c.benchmark, c.tag, *scores, bounds, str(c.n_expected), str(c.n_failed))
+        detectable = _percent(c.detectable)
+        _add_tag(table, c.benchmark, c.tag, *scores, bounds, detectable, str(c.n_expected), str(c.n_failed))
     return table
 
 

@@ -55,6 +55,8 @@ def test_field_names_are_the_published_ones():
         "delta",
         "ci_low",
         "ci_high",
+        "standard_error",
+        "detectable",
         "n_expected",
         "n_scored",
         "n_failed",
@@ -187,3 +189,54 @@ def test_an_unplanned_tag_is_refused():
 def test_no_rows_have_no_score():
     (overall,) = interval([])
     assert (overall.tag, overall.score, overall.n_expected) == (OVERALL, None, 0)
+
+
+def test_standard_errors_take_prompts_as_clusters():
+    """Two prompts of two images each, alike within: as uncertain as two images, not four. By hand:
+    mean 0.5, residuals of the prompts' sums +1 and -1, so sqrt(2 / 1 * 2) / 4."""
+    [tag, overall] = interval(rows({"colors": [[1, 1], [0, 0]]}))
+    assert tag.standard_error == overall.standard_error == pytest.approx(0.5)
+    [apart, _] = interval(rows({"colors": [[1], [1], [0], [0]]}))
+    assert apart.standard_error == pytest.approx((4 / 3 * 4 * 0.25) ** 0.5 / 4)
+
+
+def test_the_bootstrap_and_the_standard_error_agree():
+    scores = random_scores(3, prompts=60)
+    for one in interval(rows(scores)):
+        assert (one.ci_high - one.ci_low) / (2 * 1.96) == pytest.approx(one.standard_error, rel=0.1)
+
+
+def test_the_overall_standard_error_is_that_of_the_tags_mean():
+    first, second, overall = interval(rows(random_scores(4)))
+    expected = (first.standard_error**2 + second.standard_error**2) ** 0.5 / 2
+    assert overall.standard_error == pytest.approx(expected)
+
+
+def test_a_difference_of_the_detectable_size_is_found_four_times_of_five():
+    generator = np.random.default_rng(5)
+    base = np.full((40, 1), 0.5)
+    detectable = against(
+        rows({"t": base.tolist()}), rows({"t": (base + generator.normal(0, 0.1, base.shape)).tolist()})
+    )
+    true_difference = detectable["t"].detectable
+    found = 0
+    for _ in range(200):
+        variant = base + true_difference + generator.normal(0, 0.1, base.shape)
+        found += against(rows({"t": base.tolist()}), rows({"t": variant.tolist()}), resamples=300)["t"].ci_low > 0
+    assert 0.6 < found / 200 < 0.95
+
+
+def test_of_identical_variants_it_is_not_known_what_could_be_detected():
+    one = against(rows({"t": [[1], [0]]}), rows({"t": [[1], [0]]}))["t"]
+    assert (one.delta, one.standard_error, one.detectable) == (0, 0, None)
+
+
+def test_prompts_with_a_correct_image_are_counted_where_it_is_known():
+    scored = [
+        {**row, "correct": None if row["score"] is None else row["score"] > 0.5}
+        for row in rows({"colors": [[1, 0], [0, 0], [0, None], [1, None]], "counting": [[0, 0], [1, 1]]})
+    ]
+    found = {one.tag: one.prompts_correct for one in interval(scored)}
+    # Of the third prompt it is not known: its other image might have been right.
+    assert found == {"colors": pytest.approx(2 / 3), "counting": 0.5, OVERALL: pytest.approx(7 / 12)}
+    assert {one.prompts_correct for one in interval(rows({"t": [[0.3]]}))} == {None}

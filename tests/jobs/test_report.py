@@ -61,10 +61,10 @@ def test_two_variants_side_by_side(report):
         return float(sample.tag != "position" and (variant == "bf16" or sample.image_index == 0))
 
     comparisons, lines = report(plan_of("bf16", "ternary"), score)
-    assert ["mini-geneval", "colors", "100.0", "50.0", "-50.0", "-50.0", "to", "-50.0", "4", "0"] in lines
-    assert ["mini-geneval", "position", "0.0", "0.0", "+0.0", "+0.0", "to", "+0.0", "4", "0"] in lines
+    assert ["mini-geneval", "colors", "100.0", "50.0", "-50.0", "-50.0", "to", "-50.0", "-", "4", "0"] in lines
+    assert ["mini-geneval", "position", "0.0", "0.0", "+0.0", "+0.0", "to", "+0.0", "-", "4", "0"] in lines
     overall = next(line for line in lines if "overall" in line)
-    assert overall == ["mini-geneval", "overall", "83.3", "41.7", "-41.7", "-41.7", "to", "-41.7", "24", "0"]
+    assert overall == ["mini-geneval", "overall", "83.3", "41.7", "-41.7", "-41.7", "to", "-41.7", "-", "24", "0"]
     assert ["ternary", "23.84", "GB", "3.66", "GB", "1.25", "print"] in lines
     assert any("CUDA" in line for line in lines)
     assert len(comparisons) == 7
@@ -91,7 +91,7 @@ def test_failures_are_counted_and_said(report, capsys):
         return None if variant == "ternary" and sample.tag == "colors" else 1.0
 
     _, lines = report(plan_of("bf16", "ternary"), score, n_failed=4)
-    assert ["mini-geneval", "colors", "-", "-", "-", "-", "4", "4"] in lines
+    assert ["mini-geneval", "colors", "-", "-", "-", "-", "-", "4", "4"] in lines
     assert "4 images failed" in capsys.readouterr().err
 
 
