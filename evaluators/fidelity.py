@@ -33,9 +33,9 @@ LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, in torch.h
 class Fidelity:
     """One image against its twin.
 
-    `psnr_db` is `gates.IDENTICAL_DB` for identical images. `clip_similarity` and `lpips` are None without their models. `band_error` and
-    `band_signal` [F]: mean square of the error's and of the twin's luminance in each octave of spatial frequency, in
-    squared 8-bit levels; together the bands hold all but the mean.
+    `psnr_db` is `gates.IDENTICAL_DB` for identical images. `clip_similarity` and `lpips` are None without their models.
+    `band_error` and `band_signal` [F]: mean square of the error's and of the twin's luminance in each octave of spatial
+    frequency, in squared 8-bit levels; together the bands hold all but the mean.
     """
 
     psnr_db: float
@@ -109,8 +109,8 @@ def band_power(image_1CHW: Tensor) -> Tensor:
 
 def band_signal_to_error_db(results: Sequence[Fidelity]) -> dict[str, float]:
     """Signal over error of all images together in each band, in dB: inf where nothing is lost, nan where nothing is."""
-    signal_F = np.sum([result.band_signal for result in results] or [[0.0] * len(BANDS)], axis=0)
-    error_F = np.sum([result.band_error for result in results] or [[0.0] * len(BANDS)], axis=0)
+    signal_F = np.sum([result.band_signal for result in results] or [(0.0,) * len(BANDS)], axis=0)
+    error_F = np.sum([result.band_error for result in results] or [(0.0,) * len(BANDS)], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return dict(zip(BANDS, (10 * np.log10(signal_F / error_F)).tolist(), strict=True))
 

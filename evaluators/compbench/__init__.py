@@ -1,0 +1,1 @@
+"""T2I-CompBench: the rules of its eight categories."""
