@@ -34,6 +34,15 @@ def find_manifest(kind: str, name_or_path: str) -> Path:
 
 def read_manifest(path: Path, model: type[Model], defaults: dict[str, object] | None = None) -> Model:
     """Parses `path` into `model`; `defaults` fill keys that the file may leave out. Any fault is a UserError."""
+    content = read_mapping(path, ", ".join(model.model_fields))
+    try:
+        return model.model_validate({**(defaults or {}), **content})
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error)}") from error
+
+
+def read_mapping(path: Path, keys: str) -> dict:
+    """A YAML file's mapping, not yet validated. UserError, which says what `keys` it may have, where it holds none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -41,11 +50,8 @@ def read_manifest(path: Path, model: type[Model], defaults: dict[str, object] | 
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a YAML mapping with the keys {', '.join(model.model_fields)}")
-    try:
-        return model.model_validate({**(defaults or {}), **content})
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error)}") from error
+        raise UserError(f"{path}: must be a YAML mapping with the keys {keys}")
+    return content
 
 
 def describe(error: ValidationError) -> str:

@@ -17,7 +17,7 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from cluster.workload import load_workload
+from cluster.workload import load_workloads
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, located
@@ -82,7 +82,7 @@ def _evaluate(args: Namespace) -> int:
 def _planned(args: Namespace) -> tuple[Profile, Plan]:
     """What is to be drawn. The plan knows no models yet."""
     profile = chosen_profile(args)
-    workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
+    workloads = load_workloads(profile.benchmarks, args.data_dir)
     check_variants(profile.variants)
     return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 

@@ -179,4 +179,6 @@ def test_a_faulty_manifest(tmp_path, changes, named):
 
 
 def test_unknown_benchmarks_list_the_known_ones():
-    assert "unknown benchmark 'genival': choose one of geneval, mini-geneval" in refusal("genival")
+    assert "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, t2i" in refusal(
+        "genival"
+    )
