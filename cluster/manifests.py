@@ -24,12 +24,21 @@ def find_manifest(kind: str, name_or_path: str) -> Path:
         if not path.is_file():
             raise UserError(f"{kind} {name_or_path}: no such file")
         return path
-    known = sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
+    known = _embedded(kind)
     if name_or_path not in known:
         raise UserError(
             f"unknown {kind} '{name_or_path}': choose one of {', '.join(known)}, or give the path of a .yaml file"
         )
     return FOLDERS[kind] / f"{name_or_path}.yaml"
+
+
+def is_manifest(kind: str, name_or_path: str) -> bool:
+    """Whether it is the name of an embedded manifest or could be the path of one."""
+    return name_or_path.endswith(SUFFIXES) or name_or_path in _embedded(kind)
+
+
+def _embedded(kind: str) -> list[str]:
+    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
 
 
 def read_manifest(path: Path, model: type[Model], defaults: dict[str, object] | None = None) -> Model:
