@@ -7,9 +7,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 # FLUX packs 2x2 latents of 8x8 pixels into one token.
 PIXELS_PER_TOKEN = 16
+
+# Where an image's noise comes from. "pair": from its own pair_id. "image": from seed + image_index, so image n of every
+# prompt starts from the same noise, as T2I-CompBench draws.
+SeedRule = Literal["pair", "image"]
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
@@ -36,13 +41,14 @@ class Sample:
     image_index: int
     seed: int
     sampling: Sampling
+    seed_rule: SeedRule = "pair"
 
     @property
     def pair_id(self) -> str:
         """Id shared by all variants of this sample. The tag is left out: it labels the sample, it does not draw it."""
-        return _digest(
-            [self.benchmark, self.prompt_index, self.prompt, self.image_index, self.seed, vars(self.sampling)]
-        )
+        shared = [self.benchmark, self.prompt_index, self.prompt, self.image_index, self.seed, vars(self.sampling)]
+        # The default rule adds nothing: ids of results from before there was a choice stay what they are.
+        return _digest(shared if self.seed_rule == "pair" else [*shared, self.seed_rule])
 
     def sample_id(self, variant: str, dtype: str, fingerprint: str) -> str:
         """Id of this sample drawn by one variant, in one dtype, with the weights of one fingerprint."""
@@ -50,7 +56,9 @@ class Sample:
 
     @property
     def noise_seed(self) -> int:
-        """Seed of the initial latent noise, 63 bits: the same for every variant, its own for every pair."""
+        """Seed of the initial latent noise, 63 bits: the same for every variant, by the rule its own for every pair."""
+        if self.seed_rule == "image":
+            return (self.seed + self.image_index) % 2**63
         return int(self.pair_id[:16], 16) >> 1
 
 

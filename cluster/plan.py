@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from bitflux_core.errors import UserError
-from bitflux_core.samples import Sample, Sampling
+from bitflux_core.samples import Sample, Sampling, SeedRule
 from cluster.profile import Profile
 from cluster.workload import PromptRecord, Workload
 
@@ -66,11 +66,18 @@ class PlannedWorkload:
     source_digest: str
     batches_per_shard: int
     prompts: dict[int, PromptRecord]
+    seed_rule: SeedRule = "pair"
 
     @cached_property
     def prompts_digest(self) -> str:
         """SHA-256 of all that is drawn and scored: index, tag, text and metadata of each prompt."""
         return _digest([[p.index, p.tag, p.text, p.metadata] for p in self.prompts.values()])
+
+    @property
+    def identity(self) -> list[Any]:
+        """All of it that the results depend on. The default seed rule adds nothing, so that earlier runs go on."""
+        parts = [self.name, self.evaluator, self.seed, self.images_per_prompt, self.batches_per_shard]
+        return [*parts, self.prompts_digest, *(() if self.seed_rule == "pair" else (self.seed_rule,))]
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,7 @@ class Plan:
                 "sampling": asdict(self.sampling),
                 "dtype": self.dtype,
                 "batch_size": self.batch_size,
-                "workloads": sorted(
-                    [w.name, w.evaluator, w.seed, w.images_per_prompt, w.batches_per_shard, w.prompts_digest]
-                    for w in self.workloads.values()
-                ),
+                "workloads": sorted(w.identity for w in self.workloads.values()),
                 "fingerprints": self.fingerprints,
             }
         )
@@ -150,6 +154,7 @@ class Plan:
                     "name": w.name,
                     "evaluator": w.evaluator,
                     "seed": w.seed,
+                    "seed_rule": w.seed_rule,
                     "prompts": len(w.prompts),
                     "images_per_prompt": w.images_per_prompt,
                     "batches_per_shard": w.batches_per_shard,
@@ -183,7 +188,7 @@ def build_plan(
     shards: list[Shard] = []
     for workload in planned.values():
         samples = [
-            Sample(workload.name, p.tag, p.index, p.text, image, workload.seed, profile.sampling)
+            Sample(workload.name, p.tag, p.index, p.text, image, workload.seed, profile.sampling, workload.seed_rule)
             for p in workload.prompts.values()
             for image in range(workload.images_per_prompt)
         ]
@@ -204,8 +209,24 @@ def build_plan(
         planned,
         tuple(shards),
         dict(fingerprints) if fingerprints is not None else None,
-        profile.assumptions,
+        (*profile.assumptions, *(note for w in workloads for note in _departures(profile, w, planned[w.name]))),
     )
+
+
+def _departures(profile: Profile, workload: Workload, planned: PlannedWorkload) -> list[str]:
+    """In which ways the plan is not what the benchmark's own harness would draw, a line each."""
+    if workload.protocol is None:
+        return []
+    ours = {**asdict(profile.sampling), "seed_rule": planned.seed_rule, "images_per_prompt": planned.images_per_prompt}
+    theirs = {**workload.protocol.model_dump(), "images_per_prompt": workload.images_per_prompt}
+    lines = [
+        f"{workload.name} is drawn with {name} {ours[name]}, not its protocol's {value}"
+        for name, value in theirs.items()
+        if value is not None and value != ours[name]
+    ]
+    if len(planned.prompts) < len(workload.prompts):
+        lines.append(f"{workload.name} is drawn with {len(planned.prompts):,} of its {len(workload.prompts):,} prompts")
+    return lines
 
 
 def _planned(profile: Profile, workload: Workload, limit: int | None, images_per_prompt: int) -> PlannedWorkload:
@@ -218,6 +239,7 @@ def _planned(profile: Profile, workload: Workload, limit: int | None, images_per
         workload.digest,
         _batches_per_shard(profile, workload.evaluator),
         {prompt.index: prompt for prompt in prompts},
+        workload.seed_rule,
     )
 
 

@@ -10,6 +10,7 @@ from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 from cluster.manifests import MANIFESTS, MOST_IMAGES, describe, find_manifest, read_manifest
 
 LONGEST_TEXT = 512  # T5 tokens
+MINI_WORLD = "mini-world"  # calibration prompts that are made, not read
 
 Gpus = Annotated[float, Field(ge=0)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -45,22 +46,26 @@ class Resources(_Declaration):
 
 
 class Cost(_Declaration):
-    """Expected seconds, as on the machines that the profile is meant for. They cut the work into shards of like
-    duration, and change no image.
+    """Expected seconds, as on the machines that the profile is meant for, and bytes. The seconds cut the work into
+    shards of like duration; nothing here changes an image.
 
     `megapixel_step`: of drawing one megapixel for one denoising step. `evaluators`: of scoring one image, by the
-    evaluator's name; nothing for those not named.
+    evaluator's name; nothing for those not named. `png_bytes_per_pixel`, `row_bytes`: of an image's file and of its row
+    in the results.
     """
 
     megapixel_step: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.13
     evaluators: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    png_bytes_per_pixel: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.5
+    row_bytes: PositiveInt = 1_000
 
 
 class Profile(_Declaration):
     """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch,
     `shard_seconds` how long a shard should take at the declared `cost`.
 
-    `calibration` names embedded prompts to quantize with; without it they are a file of the user's.
+    `calibration` names the prompts to quantize with: `mini-world`, or a workload; without it they are a file of the
+    user's.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -76,12 +81,21 @@ class Profile(_Declaration):
     cost: Cost = Cost()
     shard_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 240.0
     assumptions: tuple[str, ...] = ()
-    calibration: Literal["mini-world"] | None = None
+    calibration: Annotated[str, Field(min_length=1)] | None = None
 
     def image_seconds(self, evaluator: str) -> float:
         """Expected seconds to draw one image and have `evaluator` score it."""
+        return self.drawing_seconds + self.scoring_seconds(evaluator)
+
+    @property
+    def drawing_seconds(self) -> float:
+        """Expected seconds to draw one image."""
         megapixels = self.sampling.width * self.sampling.height / 1e6
-        return megapixels * self.sampling.steps * self.cost.megapixel_step + self.cost.evaluators.get(evaluator, 0.0)
+        return megapixels * self.sampling.steps * self.cost.megapixel_step
+
+    def scoring_seconds(self, evaluator: str) -> float:
+        """Expected seconds to score one image."""
+        return self.cost.evaluators.get(evaluator, 0.0)
 
     @field_validator("sampling")
     @classmethod
@@ -134,4 +148,6 @@ def _anchored(profile: Profile, folder: Path) -> Profile:
 
     models = {role: anchor(name) for role, name in profile.models if name is not None}
     benchmarks = tuple(anchor(name) for name in profile.benchmarks)
-    return profile.model_copy(update={"models": Models(**models), "benchmarks": benchmarks})
+    calibration = anchor(profile.calibration) if profile.calibration else None
+    changes = {"models": Models(**models), "benchmarks": benchmarks, "calibration": calibration}
+    return profile.model_copy(update=changes)

@@ -2,19 +2,30 @@
 
 import hashlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pooch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitflux_core.errors import UserError
+
+Role = Literal["prompts", "objects", "complex-spatial", "complex-action", "complex-spatialaction"]
+PROMPTS: Role = "prompts"
 
 
 class PromptFile(BaseModel):
     """One prompt file. With a `url` (pinned to a commit) it is upstream's and `sha256` is required; without one it lies
-    beside the manifest. `path` is its place under --data-dir, or beside the manifest."""
+    beside the manifest. `path` is its place under --data-dir, or beside the manifest.
+
+    `tag`: of all its prompts, where its lines do not name their own. `parser`: of this file, if not the workload's.
+    `role`: a file that is no list of prompts tells the parser something about them (see prompt_parsers.py).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
+    tag: Annotated[str, Field(min_length=1)] | None = None
+    role: Role = PROMPTS
+    parser: str | None = None
     url: str | None = None
     sha256: str | None = None
 

@@ -18,10 +18,11 @@ from cluster.workers import Workers, actor_class
 
 @dataclass(frozen=True)
 class StoredImages:
-    """A run's images: each one's file and seconds by variant and noise seed, and what the variants' models took."""
+    """A run's images: each one's file and seconds by variant, prompt and noise seed, which prompts may share; and what
+    the variants' models took."""
 
     store: ResultStore
-    files: dict[tuple[str, int], tuple[str, float]]
+    files: dict[tuple[str, str, int], tuple[str, float]]
     uses: dict[str, ModelUse]
 
 
@@ -34,9 +35,10 @@ class StoredReplica:
     def start(self, variant: str) -> None:
         """Nothing to load."""
 
-    def draw(self, variant: str, batches: tuple[DrawBatch, ...], *embeddings: object) -> tuple[DrawReport, np.ndarray]:
+    def draw(self, variant: str, batches: tuple[DrawBatch, ...], *prompts: str) -> tuple[DrawReport, np.ndarray]:
         """The kept images. Raises LookupError for one that the run does not have."""
-        wanted = [(variant, batch.noise_seeds[slot]) for batch in batches for slot in batch.kept]
+        slots = [(batch.prompts[slot], batch.noise_seeds[slot]) for batch in batches for slot in batch.kept]
+        wanted = [(variant, prompts[place], seed) for place, seed in slots]
         if any(key not in self._stored.files for key in wanted):
             raise LookupError(f"run {self._stored.store.run_id} has no image of this sample")
         found = [self._stored.files[key] for key in wanted]
@@ -45,13 +47,13 @@ class StoredReplica:
 
 
 class StoredEncoder:
-    """Has a text encoder's methods; stored images need no embeddings."""
+    """Has a text encoder's methods; stored images are found by the prompts themselves."""
 
     def start(self) -> None:
         """Nothing to load."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[None, ...]:
-        return (None, *(None for _ in prompts))
+    def encode(self, prompts: Sequence[str]) -> tuple[str | None, ...]:
+        return (None, *prompts)
 
 
 def stored_images(store: ResultStore, plan: Plan) -> StoredImages:
@@ -59,8 +61,8 @@ def stored_images(store: ResultStore, plan: Plan) -> StoredImages:
 
     Raises LookupError where the run has no image of a variant.
     """
-    seeds = {sample.pair_id: sample.noise_seed for shard in plan.shards for sample in shard.samples}
-    files: dict[tuple[str, int], tuple[str, float]] = {}
+    inputs = {x.pair_id: (x.prompt, x.noise_seed) for shard in plan.shards for x in shard.samples}
+    files: dict[tuple[str, str, int], tuple[str, float]] = {}
     uses: dict[str, ModelUse] = {}
     for table in store.tables():
         variant = table["variant"][0].as_py()  # a file is of one variant
@@ -69,8 +71,8 @@ def stored_images(store: ResultStore, plan: Plan) -> StoredImages:
         for use in filter(None, shard_uses(table)):
             uses[variant] = use.joined(uses.get(variant))
         for row in table.select(["pair_id", "image_path", "seconds"]).to_pylist():
-            if row["image_path"] and row["pair_id"] in seeds:
-                files[variant, seeds[row["pair_id"]]] = (row["image_path"], row["seconds"])
+            if row["image_path"] and row["pair_id"] in inputs:
+                files[variant, *inputs[row["pair_id"]]] = (row["image_path"], row["seconds"])
     lacking = [variant for variant in plan.variants if variant not in uses]
     if lacking:
         raise LookupError(f"run {store.run_id} has no images of {lacking[0]}")

@@ -17,10 +17,11 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from cluster.workload import load_workload
+from cluster.workload import load_workloads
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, located
+from jobs._plan_cost import measured_seconds, plan_costs
 from jobs._plan_report import print_plan
 from jobs._progress import ProgressReport
 from jobs._report import counts, document, print_report, scores_of
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--replicas", type=positive, metavar="N", help="replicas of the model (as many as the machines hold)")
     add("--data-dir", type=Path, metavar="DIR", help="benchmarks' prompt files, for machines without internet")
     add("--dry-run", action="store_true", help="print the plan and stop; needs no weights")
+    add("--measured", type=Path, metavar="FILE", help="what --dry-run counts with: a table of bench.py images")
     add("--json", action="store_true", help="the verdict on standard output, all else on standard error")
     return parser.parse_args(argv)
 
@@ -56,8 +58,13 @@ def _evaluate(args: Namespace) -> int:
     _ray.prepare()
     console = console_on(sys.stderr if args.json else sys.stdout)
     if args.dry_run:
-        print_plan(console, _planned(args)[1], as_json=args.json)
+        profile, plan = _planned(args)
+        costs = plan_costs(plan, profile, measured_seconds(args.measured, plan.sampling) if args.measured else {})
+        hours = "GPU-hours" if profile.resources.needs_gpu else "hours of one device"
+        print_plan(console, plan, costs, hours=hours, as_json=args.json)
         return COMPLETE
+    if args.measured:
+        raise UserError("--measured tells --dry-run what to count with: give both or neither")
     # Before anything else can go wrong: an earlier job's verdict must not stand for this one.
     from cluster.output import check_output
 
@@ -82,7 +89,7 @@ def _evaluate(args: Namespace) -> int:
 def _planned(args: Namespace) -> tuple[Profile, Plan]:
     """What is to be drawn. The plan knows no models yet."""
     profile = chosen_profile(args)
-    workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
+    workloads = load_workloads(profile.benchmarks, args.data_dir)
     check_variants(profile.variants)
     return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 

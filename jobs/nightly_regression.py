@@ -22,7 +22,7 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from cluster.workload import load_workload
+from cluster.workload import load_workloads
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, located
@@ -133,7 +133,7 @@ class _Prepared:
         from cluster.nightly import load_gates, night_plans
 
         self.profile, self._replicas = profile, args.replicas
-        self._workloads = [load_workload(name, args.data_dir) for name in profile.benchmarks]
+        self._workloads = load_workloads(profile.benchmarks, args.data_dir)
         variants = tuple(variant for variant in profile.variants if variant != BASELINE)
         if not variants:
             raise UserError("no ternary variant to test: name one with --variants")

@@ -1,6 +1,7 @@
 """Makes the ternary twin of a profile's FLUX transformer, without images and block by block; a killed run goes on.
 
 python jobs/quantize.py --profile mini --output DIR                              compensated codes, no training
+python jobs/quantize.py --profile flux-dev --data-dir DIR                        a draw of the paper's prompts
 python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
 """
@@ -8,11 +9,14 @@ python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300  
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
-from cluster.profile import Profile
+from cluster.manifests import is_manifest
+from cluster.profile import MINI_WORLD, Profile
+from cluster.workload import load_prompts
 from jobs._cli import COMPLETE, Parser, exit_code_of, positive
 
 if TYPE_CHECKING:
@@ -26,7 +30,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--profile", default="mini", help="an embedded profile or the path of one (%(default)s)")
     add("--init", choices=INITS, default=INITS[0], help="how codes and scales are chosen (%(default)s)")
-    add("--calibration", type=Path, metavar="FILE", help="calibration prompts, one a line (the profile's own)")
+    add("--calibration", metavar="PROMPTS", help="a file, one a line, or a workload of prompts (the profile's own)")
+    add("--data-dir", type=Path, metavar="DIR", help="workloads' prompt files, for machines without internet")
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--reconstruction-steps", type=natural, default=0, metavar="N", help="training of each block (%(default)s)")
@@ -83,31 +88,47 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str, ...]:
-    """As many prompts as asked for; none where codes need no calibration and no file is given.
+    """As many distinct prompts as asked for: the first of a file, a drawing by the seed of a workload, whose categories
+    follow each other. None where codes need no calibration and none is named on the command line.
 
-    UserError for a file that cannot be read or holds too few, and where `compensated` or training would have none.
+    UserError for prompts that cannot be read or are too few, and where `compensated` or training would have none.
     """
     count = args.calibration_prompts
+    needed = args.init == "compensated" or args.reconstruction_steps > 0
     if args.calibration:
+        if is_manifest("benchmark", args.calibration):
+            return _drawn_from(args.calibration, args)
         try:
-            lines = args.calibration.read_text(encoding="utf-8").splitlines()
+            lines = Path(args.calibration).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{args.calibration} cannot be read ({error}): name a text file of prompts") from error
         prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        if len(prompts) < count:
-            raise UserError(f"{args.calibration} holds {len(prompts)} prompts of {count}: set --calibration-prompts")
+        _check_enough(prompts, args.calibration, count)
         return prompts[:count]
-    if profile.calibration == "mini-world":
+    if profile.calibration == MINI_WORLD:
         from bitflux_core.mini.world import training_prompts
 
         specs, weights = training_prompts()
         return tuple(spec.text for spec in random.Random(args.seed).choices(specs, weights, k=count))
-    if args.init == "compensated" or args.reconstruction_steps:
+    if profile.calibration and needed:
+        return _drawn_from(profile.calibration, args)
+    if needed:
         raise UserError(
             f"profile {profile.name} has no calibration prompts: give --calibration a file of them, "
             "or take --init least-squares"
         )
     return ()
+
+
+def _drawn_from(workload: str, args: argparse.Namespace) -> tuple[str, ...]:
+    prompts = tuple(dict.fromkeys(prompt.text for prompt in load_prompts(workload, args.data_dir)))
+    _check_enough(prompts, workload, args.calibration_prompts)
+    return tuple(random.Random(args.seed).sample(prompts, args.calibration_prompts))
+
+
+def _check_enough(prompts: Sequence[str], source: str, count: int) -> None:
+    if len(prompts) < count:
+        raise UserError(f"{source} holds {len(prompts)} prompts of {count}: set --calibration-prompts")
 
 
 def _report(name: str, rows: "list[Snr]") -> None:

@@ -9,7 +9,7 @@ from cluster_fakes import FINGERPRINTS, PROFILE, SAMPLING, small_plan, small_wor
 from bitflux_core.errors import UserError
 from cluster.plan import build_plan
 from cluster.profile import Profile
-from cluster.workload import PromptRecord, Workload
+from cluster.workload import PromptRecord, Protocol, Workload
 
 
 def test_both_variants_have_the_same_pairs_in_the_same_batches():
@@ -84,6 +84,41 @@ def test_a_shards_images_fit_in_rays_store():
     )
     plan = build_plan(huge.model_copy(update={"shard_seconds": 1e9}), [small_workload()], ("bf16",))
     assert [len(shard.samples) for shard in plan.shards] == [4] * 5  # 200 MB each
+
+
+def test_ids_of_the_default_seed_rule_never_change():
+    """Frozen: with other ids, results that are there would no longer pair with new ones, and no run would go on."""
+    plan = small_plan()
+    sample = plan.shards[0].samples[1]
+    assert sample.pair_id == "1b6ed375c8c4ccc33f8bfe0ea8df8391"
+    assert sample.noise_seed == int(sample.pair_id[:16], 16) >> 1
+    assert plan.digest == "2b171e055eb785cca914c9582dd2785f2fcc3c49012895e6b77f7795b9afca44"
+
+
+def test_the_seed_rule_image_gives_image_n_of_every_prompt_the_same_noise():
+    by_pair, by_image = small_workload(), replace(small_workload(), seed_rule="image")
+    plan = build_plan(PROFILE, [by_image], ("bf16", "ternary"), fingerprints=FINGERPRINTS)
+    samples = [sample for shard in plan.shards for sample in shard.samples]
+    assert all(sample.noise_seed == by_image.seed + sample.image_index for sample in samples)
+    pairs = {sample.pair_id for sample in samples}
+    assert len(pairs) == 20
+    others = build_plan(PROFILE, [by_pair], ("bf16", "ternary"), fingerprints=FINGERPRINTS)
+    assert not pairs & {sample.pair_id for shard in others.shards for sample in shard.samples}
+    assert plan.digest != others.digest
+    assert plan.describe()["benchmarks"][0]["seed_rule"] == "image"
+
+
+def test_a_plan_says_where_it_departs_from_a_benchmarks_protocol():
+    def notes(limit=None, images=None, **protocol):
+        workload = replace(small_workload(), protocol=Protocol(**protocol))
+        return build_plan(PROFILE, [workload], ("bf16",), limit, images).assumptions
+
+    assert notes() == notes(steps=1, width=16, guidance=1.0, seed_rule="pair") == ()
+    assert notes(steps=30, width=16) == ("toy is drawn with steps 1, not its protocol's 30",)
+    assert notes(seed_rule="image") == ("toy is drawn with seed_rule pair, not its protocol's image",)
+    assert notes(images=1) == ("toy is drawn with images_per_prompt 1, not its protocol's 2",)
+    assert notes(limit=2) == ("toy is drawn with 4 of its 10 prompts",)
+    assert build_plan(PROFILE, [small_workload()], ("bf16",), 1, 1).assumptions == ()  # it declares none
 
 
 def test_two_workloads_of_one_name_are_refused():

@@ -5,7 +5,9 @@ import hashlib
 import http.server
 import json
 import os
+import sys
 import threading
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import yaml
 from bitflux_core.errors import UserError
 from bitflux_core.mini.world import benchmark_prompts
 from cluster.manifests import MANIFESTS, REPOSITORY
-from cluster.workload import load_workload
+from cluster.prompt_parsers import CATEGORIES
+from cluster.workload import load_prompts, load_workload, load_workloads
 
 UPSTREAM = REPOSITORY.parent / "shared" / "benchmarks"
 GENEVAL_TAGS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -179,4 +182,75 @@ def test_a_faulty_manifest(tmp_path, changes, named):
 
 
 def test_unknown_benchmarks_list_the_known_ones():
-    assert "unknown benchmark 'genival': choose one of geneval, mini-geneval" in refusal("genival")
+    assert "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, t2i" in refusal(
+        "genival"
+    )
+
+
+@pytest.fixture
+def numeracy(monkeypatch):
+    """A stand-in for the parse of numbered objects: it hands back the prompt's length and the singular of `cups`."""
+    module = types.ModuleType("evaluators.compbench.numeracy")
+    module.parse_objects = lambda prompt, plurals: [(plurals["cups"], len(prompt))]
+    monkeypatch.setitem(sys.modules, "evaluators.compbench", types.ModuleType("evaluators.compbench"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_all_is_both_published_benchmarks(upstream, numeracy):
+    geneval, compbench = load_workloads(["all"], upstream)
+    assert (geneval.name, len(geneval.prompts), compbench.name) == ("geneval", 553, "t2i-compbench")
+    assert Counter(prompt.tag for prompt in compbench.prompts) == dict.fromkeys(CATEGORIES, 300)
+    assert compbench.images_per_prompt == 10
+    kinds = Counter(prompt.metadata.get("kind") for prompt in compbench.prompts if prompt.tag == "complex")
+    assert kinds == {"action": 212, "spatial": 58, "spatialaction": 30}
+    counted = [prompt for prompt in compbench.prompts if "objects" in prompt.metadata]
+    assert {prompt.tag for prompt in counted} == {"numeracy"}
+    assert all(prompt.metadata["objects"] == [["cup", len(prompt.text)]] for prompt in counted)
+    assert not any(prompt.text != prompt.text.strip() for prompt in compbench.prompts)
+
+
+def test_the_list_before_2025_09_differs_in_colours_alone(upstream, numeracy):
+    now, then = load_workloads(["t2i-compbench", "t2i-compbench-paper"], upstream)
+    assert len({prompt.text for prompt in then.prompts}) == len(then.prompts) - 5
+    assert now.prompts[300:] == then.prompts[300:]
+    assert now.prompts[:300] != then.prompts[:300]
+
+
+def test_calibration_is_7232_prompts_of_which_7190_are_distinct(upstream):
+    prompts = load_prompts("calibration", upstream)
+    assert (len(prompts), len({prompt.text for prompt in prompts})) == (7232, 7190)
+    assert [prompt.tag for prompt in prompts[:5600:700]] == list(CATEGORIES)
+    assert prompts[5600].text == "bond"
+
+
+def test_calibration_is_no_benchmark():
+    assert "calibration.yaml: evaluator: Field required" in refusal("calibration")
+
+
+def compbench(folder: Path, *files: dict, **texts: bytes) -> str:
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    return write_workload(folder, [], parser="t2i-compbench", files=list(files))
+
+
+def test_lines_of_any_end_and_alphabet(tmp_path):
+    content = '\ufeffa caf\u00e9\r\n\r\na "red" cup\na last one'.encode()
+    prompts = load_workload(compbench(tmp_path, {"path": "list", "tag": "color"}, list=content)).prompts
+    assert [prompt.text for prompt in prompts] == ["a caf\u00e9", 'a "red" cup', "a last one"]
+    assert prompts[0].metadata == {"category": "color", "prompt": "a caf\u00e9"}
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ({"path": "list", "tag": "colour"}, "unknown tag 'colour', choose one of color, shape"),
+        ({"path": "list"}, "needs a tag"),
+        ({"path": "list", "tag": "color", "role": "plurals"}, "role"),
+        ({"path": "list", "role": "objects"}, "none has the role 'prompts'"),
+        ({"path": "list", "tag": "numeracy"}, "need files of role objects"),
+        ({"path": "list", "tag": "color", "parser": "csv"}, "unknown parser 'csv'"),
+        ({"path": "list", "tag": "color", "parser": "geneval"}, "remove the tag 'color'"),
+    ],
+)
+def test_files_that_do_not_fit_the_parser(tmp_path, file, named):
+    assert named in refusal(compbench(tmp_path, file, list=b"a cup"))

@@ -36,7 +36,10 @@ def refusal(tmp_path, monkeypatch, capsys):
     [
         (["--profile", "maxi"], "unknown profile 'maxi': choose one of flux-dev, mini"),
         (["--profile", "absent.yaml"], "absent.yaml: no such file"),
-        (["--benchmarks", "genival"], "unknown benchmark 'genival': choose one of geneval, mini-geneval"),
+        (
+            ["--benchmarks", "genival"],
+            "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, t2i",
+        ),
         (["--benchmarks", "mini-geneval,mini-geneval"], "mini-geneval named more than once"),
         (["--benchmarks", ""], "--benchmarks"),
         (["--variants", "bf17"], "unknown variant 'bf17': choose from bf16, ternary"),
