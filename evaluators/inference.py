@@ -5,9 +5,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from bitflux_core.errors import UserError
 
@@ -45,6 +48,39 @@ def fingerprint(*parts: object) -> str:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def load_pretrained(loader: Any, folder: Path, role: str, device: str | torch.device) -> Any:
+    """`loader.from_pretrained` (a class of transformers) of a local folder: float32, on `device`, for inference.
+
+    Raises UserError for a folder that cannot be loaded or lacks tensors: transformers fills what a checkpoint lacks
+    with random numbers and only warns.
+    """
+    try:
+        with _quiet():
+            model, report = loader.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
+        raise unloadable(folder, role, fault) from fault
+    if report["missing_keys"] or report["mismatched_keys"]:
+        lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+        raise unloadable(folder, role, f"{len(lacking)} tensors lacking or misshapen, {lacking[0]} the first")
+    return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars from transformers, and no warnings of what is checked here anyway."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
