@@ -12,7 +12,7 @@ from torch import Tensor
 from bitflux_core.errors import UserError
 
 # Everything that a model is made of; a folder's README or git files leave its fingerprint alone.
-MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin"}
+MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin", ".pth", ".py"}
 
 
 def model_folder(directory: str | Path, role: str, files: tuple[str, ...]) -> Path:
