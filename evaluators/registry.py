@@ -7,9 +7,10 @@ from typing import Any
 from bitflux_core.errors import UserError
 from evaluators.base import Evaluator
 from evaluators.clip import ClipColorClassifier, ClipModel
+from evaluators.detectors import load_detector
 from evaluators.geneval import THRESHOLD, GenEvalEvaluator, Question
 from evaluators.geneval_classes import GENEVAL_CLASSES
-from evaluators.mask2former import Mask2FormerDetector, configured_labels
+from evaluators.mask2former import configured_labels
 
 Models = Mapping[str, str | Path]
 Builder = Callable[[Models, str, int], Evaluator]
@@ -19,9 +20,7 @@ def _geneval(labels: tuple[str, ...] | None) -> Builder:
     """GenEval over a detector whose classes are called `labels`, or what its own configuration calls them."""
 
     def build(models: Models, device: str, batch_size: int) -> Evaluator:
-        detector = Mask2FormerDetector(
-            models["detector"], device, batch_size=batch_size, labels=labels, min_score=THRESHOLD
-        )
+        detector = load_detector(models["detector"], device, batch_size=batch_size, labels=labels, min_score=THRESHOLD)
         return GenEvalEvaluator(detector, ClipColorClassifier(ClipModel(models["clip"], device)))
 
     return build
