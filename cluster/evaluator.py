@@ -34,8 +34,8 @@ class ImageToScore:
 class EvaluatorActor:
     """Holds the evaluator of each benchmark of a run."""
 
-    def __init__(self, evaluators: Mapping[str, str], models: Mapping[str, Path], store: ResultStore) -> None:
-        """`evaluators` maps benchmarks to names in the evaluators' registry; `models` are those names' folders."""
+    def __init__(self, evaluators: Mapping[str, str], models: Mapping[str, Path | str], store: ResultStore) -> None:
+        """`evaluators` maps benchmarks to names in the evaluators' registry; `models` are what those need, by role."""
         self._names = dict(evaluators)
         self._models = dict(models)
         self._store = store

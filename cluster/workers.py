@@ -41,7 +41,6 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     text_encoder = actor_class(TextEncoderActor, HELPER_CPUS, asked.text_encoder_gpus if on_gpus else 0)
     evaluator = actor_class(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if on_gpus else 0)
     evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}
-    models = {"detector": files.detector, "clip": files.clip}
 
     @cache
     def replica(gpu_type: GpuType = None) -> Any:
@@ -50,7 +49,7 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     return Workers(
         lambda *gpu_type: replica(*gpu_type).remote(files.pipeline, files.ternary, plan.dtype, plan.sampling),
         lambda: text_encoder.remote(files.pipeline, plan.dtype, plan.sampling.max_sequence_length),
-        lambda: evaluator.remote(evaluators, models, store),
+        lambda: evaluator.remote(evaluators, files.scoring, store),
         asked.evaluators,
     )
 

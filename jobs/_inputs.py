@@ -2,11 +2,15 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from cluster.plan import Plan
 from cluster.profile import Profile, changed, load_profile
+from cluster.workload import Workload, load_workloads
+from evaluators.modes import in_mode
 
 if TYPE_CHECKING:
     from cluster.model_files import ModelFiles
@@ -14,9 +18,15 @@ if TYPE_CHECKING:
 
 def chosen_profile(args: Namespace) -> Profile:
     """The profile with what the command line changes in it."""
-    fields = ("benchmarks", "variants", "limit", "images_per_prompt")
-    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    fields = ("benchmarks", "variants", "mode", "limit", "images_per_prompt")
+    given = {field: value for field in fields if (value := getattr(args, field, None)) is not None}
     return changed(load_profile(args.profile), given)
+
+
+def chosen_workloads(profile: Profile, data_dir: Path | None) -> list[Workload]:
+    """The profile's benchmarks, judged in its mode."""
+    workloads = load_workloads(profile.benchmarks, data_dir)
+    return [replace(workload, evaluator=in_mode(workload.evaluator, profile.mode)) for workload in workloads]
 
 
 def check_variants(variants: Sequence[str]) -> None:
@@ -35,9 +45,9 @@ def located(profile: Profile, plan: Plan, variants: Sequence[str]) -> "tuple[Mod
     from cluster.model_files import fingerprints, locate_models
     from evaluators.registry import check_prompts
 
-    models = locate_models(profile, variants)
+    models = locate_models(profile, variants, [workload.evaluator for workload in plan.workloads.values()])
     check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
     for workload in plan.workloads.values():
         metadata = {prompt.text: prompt.metadata for prompt in workload.prompts.values()}
-        check_prompts(workload.evaluator, metadata, workload.name, models.detector)
+        check_prompts(workload.evaluator, metadata, workload.name, models.scoring)
     return models, fingerprints(models, variants)
