@@ -117,7 +117,8 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as fault:
-        raise unloadable(path.parent, "detector", f"{path.name} holds more than weights, or is damaged") from fault
+        detail = f"{path.name} is damaged, or holds objects besides weights: save its state_dict alone"
+        raise unloadable(path.parent, "detector", detail) from fault
     except (OSError, RuntimeError, EOFError, ValueError) as fault:
         raise unloadable(path.parent, "detector", f"{path.name}: {fault}") from fault
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
