@@ -169,16 +169,16 @@ def make_student(
     starts at those codes, scales, biases and all else that `start` has. Beside the result no more than one layer is
     held.
     """
-    student = empty_transformer(dict(teacher.config))
+    student, device = empty_transformer(dict(teacher.config)), teacher.device
     for name, linear in block_linears(teacher).items():
         weight = None
         if start is not None:
             layer = start.get_submodule(name)
             assert isinstance(layer, TernaryLinear)
-            codes_NK = unpack_planes(layer.packed.to(linear.weight.device), layer.in_features)
-            weight = TernaryWeight(codes_NK, layer.scale.to(linear.weight.device))
+            codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
+            weight = TernaryWeight(codes_NK, layer.scale.to(device))
         student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations, latent_dtype))
-    device, source = teacher.device, (start or teacher).state_dict()
+    source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}
     student.load_state_dict(rest, strict=False, assign=True)

@@ -1,0 +1,491 @@
+"""End-to-end self-distillation at any size: a ternary student of 11.9 billion parameters trains on one 80 GB GPU.
+
+The memory plan, for FLUX.1-dev (11.90 B parameters, 11.83 B of them weights of block linears) at 1024x1024, one image:
+
+    teacher, bfloat16                                          23.8 GB
+    student's latent weights, bfloat16                         23.7 GB
+    all else of the student (0.07 B), with gradients and
+    AdamW's moments, float32                                    1.1 GB
+    gradients of latents: one layer's, in bfloat16 and float32  see distill_memory.py
+    second moments of latents: a row and a column a weight      0.03 GB
+    activations: what enters each of the 57 blocks              1.6 GB
+    ... and one block's, with its ternary weights               see distill_memory.py
+
+Nothing else grows with the model. The latents' optimizer steps inside the backward pass and frees each gradient
+(distill_optimizer.py); bfloat16 latents are rounded stochastically; every block is computed again in the backward pass.
+A step that ends inside backward leaves nothing to accumulate gradients in: a step's images all pass at once, on one
+GPU or spread over several, which also share teacher and latents (FSDP2).
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from bitflux_core.checkpoint import empty_transformer
+from bitflux_core.distill import Conditions, LatentTernaryLinear, codes_of, make_student, sampler_sigmas
+from bitflux_core.distill_checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+)
+from bitflux_core.distill_optimizer import FactoredInBackward, local, local_rows, seed_of
+from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
+from bitflux_core.errors import UserError
+from bitflux_core.layers import BLOCKS, empty_ternary_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.training import FlatGradients, warmup_then_cosine
+from kernels.packing import pack_planes, unpack_planes
+
+RESULT = "best.safetensors"
+WARMUP_SHARE = 20  # of the steps, one in so many
+_REST = "rest"  # the checkpoint's part with all but latents
+
+
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How the student is trained.
+
+    Attributes:
+        steps: in all; of them the last `int8_steps` see activations rounded as `ternary-int8` rounds them.
+        batch: images a step, on all GPUs together.
+        sampler_steps, guidance: how the teacher draws.
+        latent_lr: latents are in units of their row's scale, so one rate fits every layer.
+        scale_lr, other_lr: of log scales, and of biases, norms and what lies outside the blocks.
+        features: blocks, spread over the depth, whose outputs are compared with the teacher's.
+        feature_weight: of their mean relative error in the loss, beside the velocity's.
+        own_states: share of the trajectories that the student carries along itself, reached after a third.
+        slots: trajectories under way, at least as many as a batch.
+        held_out: prompts, of those given, that are not trained on.
+        interval: steps between evaluations, each of which leaves a checkpoint.
+        patience: evaluations without a better one after which a phase (plain, then int8) ends early.
+    """
+
+    steps: int
+    int8_steps: int
+    batch: int
+    sampler_steps: int
+    guidance: float
+    latent_lr: float = 2e-3
+    scale_lr: float = 5e-4
+    other_lr: float = 1e-4
+    features: int = 4
+    feature_weight: float = 0.1
+    own_states: float = 0.5
+    slots: int = 16
+    held_out: int = 16
+    interval: int = 250
+    patience: int = 6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an evaluation saw; one row of the log.
+
+    Attributes:
+        step: steps made.
+        phase: "native" or "int8", the activations that the student sees.
+        loss: mean over the steps since the last record.
+        held_out: mean relative velocity error on the held-out states.
+        codes_flipped: share of the codes that differ from the start.
+        seconds: of training so far, evaluations included, interruptions left out.
+    """
+
+    step: int
+    phase: str
+    loss: float
+    held_out: float
+    codes_flipped: float
+    seconds: float
+
+
+class EndToEnd:
+    """Teacher and student on `device`, the states they are trained on, and the way back to the last checkpoint.
+
+    `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
+    where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
+    and keeps its rows of teacher and latents. UserError for too few prompts and a damaged checkpoint.
+    """
+
+    def __init__(
+        self,
+        teacher: FluxTransformer2DModel,
+        start: FluxTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        conditions: Conditions,
+        held_out: Sequence[int],
+        settings: EndToEndSettings,
+        device: torch.device,
+        folder: Path,
+        mesh: DeviceMesh | None = None,
+    ):
+        """`held_out` are the places in `conditions` of prompts that are not trained on."""
+        self.settings, self.device, self.folder, self.mesh = settings, device, folder, mesh
+        self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
+        if settings.batch % self.ranks:
+            raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")
+        self.start = start
+        self.student = make_student(teacher, start, latent_dtype=torch.bfloat16)
+        self.student.enable_gradient_checkpointing()
+        self.teacher = teacher.eval().requires_grad_(False)
+        if mesh:
+            _shard(self.teacher, mesh, set())
+            rest = {p for name, p in self.student.named_parameters() if not name.endswith(".latent")}
+            _shard(self.student, mesh, rest)
+        self.blocks = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(teacher, kind)))]
+        chosen = _spread_names(self.blocks, settings.features)
+        self._theirs, self._mine = _Outputs(self.teacher, chosen), _Outputs(self.student, chosen)
+
+        named = dict(self.student.named_parameters())
+        self.latents = {name: p for name, p in named.items() if name.endswith(".latent")}
+        self.others = {name: p for name, p in named.items() if name not in self.latents}
+        self.factored = FactoredInBackward(self.latents, settings.seed)
+        scales = [p for name, p in self.others.items() if name.endswith(".log_scale")]
+        rest_of_others = [p for name, p in self.others.items() if not name.endswith(".log_scale")]
+        self.gradients = FlatGradients([*scales, *rest_of_others])
+        self.rates = (settings.scale_lr, settings.other_lr)
+        groups = [{"params": p, "lr": rate} for p, rate in zip((scales, rest_of_others), self.rates, strict=True)]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+        self.step = 0
+        self.waited = 0  # evaluations since the best one
+        self.best = float("inf")
+        self.seconds = 0.0
+        self.records: list[Record] = []
+        self._losses = torch.zeros((), device=device)
+        self._losses_added = 0
+
+        sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(conditions.image_ids_L3), torch.device("cpu"))
+        aside = set(held_out)
+        trained = [place for place in range(len(conditions.pooled_PD)) if place not in aside]
+        if not trained or not aside:
+            raise UserError(f"{len(trained)} prompts to train on and {len(aside)} held out: give more prompts")
+        share = settings.batch // self.ranks
+        common = {"channels": teacher.config.in_channels, "device": device}
+        self.held_out = HeldOut(
+            conditions,
+            list(held_out),
+            sigmas,
+            settings.guidance,
+            batch=share,
+            seed=seed_of(settings.seed, 1),
+            velocity=self._teach,
+            **common,
+        )
+        slots = -(-max(settings.slots, settings.batch) // settings.batch) * settings.batch
+        self.rollouts = Rollouts(
+            conditions,
+            trained,
+            sigmas,
+            settings.guidance,
+            slots=slots,
+            batch=settings.batch,
+            seed=seed_of(settings.seed, 2),
+            rank=self.rank,
+            ranks=self.ranks,
+            **common,
+        )
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint:
+            self._restore(checkpoint)
+        else:
+            self.rollouts.spread(self._teach)
+
+    @property
+    def native_steps(self) -> int:
+        """Where the int8 phase begins."""
+        return self.settings.steps - self.settings.int8_steps
+
+    @property
+    def phase(self) -> str:
+        return "native" if self.step < self.native_steps else "int8"
+
+    def run(self) -> list[Record]:
+        """Trains to the end, from wherever it stands; the best weights of the last phase are in `folder` then.
+
+        FloatingPointError for a loss that is not finite.
+        """
+        began = time.monotonic() - self.seconds
+        with _deterministic():
+            while self.step < self.settings.steps:
+                self.train_step()
+                if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
+                    self._evaluate(began)
+        return self.records
+
+    def train_step(self) -> None:
+        """One batch forward and backward, in which the latents step; then all else, and the states."""
+        settings = self.settings
+        self._set_activations(self.phase)
+        factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
+        slots = self.rollouts.part_of(self.step)
+        inputs = self.rollouts.inputs(slots)
+        with self._theirs.kept():
+            target_BLC = self._teach(inputs)
+        with self._mine.kept():
+            velocity_BLC = self._predict(inputs)
+        loss = _errors(velocity_BLC, target_BLC).mean()
+        if self._mine.outputs:
+            pairs = list(zip(self._mine.outputs, self._theirs.outputs, strict=True))
+            loss = loss + settings.feature_weight * sum(_errors(*pair).mean() for pair in pairs) / len(pairs)
+        self._theirs.drop()
+        self._mine.drop()
+        self.gradients.zero()
+        self.factored.begin(self.step, settings.latent_lr * factor)
+        loss.backward()
+        self.gradients.average_over_ranks(self.ranks)
+        self.gradients.clip(1.0)
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.adam.step()
+        self._losses += loss.detach()
+        self._losses_added += 1
+        own = settings.own_states * min(1.0, 3 * self.step / settings.steps)
+        self.rollouts.advance(slots, target_BLC, velocity_BLC.detach(), own)
+        self.step += 1
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Mean relative velocity error on the held-out states, as the student is in this phase."""
+        errors = [_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
+        return torch.cat(errors).mean().item()
+
+    @torch.no_grad()
+    def codes_flipped(self) -> float:
+        """Share of the codes that differ from the start."""
+        flipped, count = torch.zeros((), device=self.device, dtype=torch.long), 0
+        for name, latent in self.latents.items():
+            layer = self.start.get_submodule(name.removesuffix(".latent"))
+            assert isinstance(layer, TernaryLinear)
+            packed_NJ = layer.packed[local_rows(latent)].to(self.device)
+            flipped += (unpack_planes(packed_NJ, layer.in_features) != codes_of(local(latent))).sum()
+            count += latent.numel()
+        if self.ranks > 1:
+            dist.all_reduce(flipped)
+        return flipped.item() / count
+
+    def _teach(self, inputs: Inputs) -> Tensor:
+        """The teacher's velocity, in its own dtype's arithmetic, as it draws."""
+        dtype = next(self.teacher.parameters()).dtype
+        cast = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            return self.teacher(**cast, return_dict=False)[0].float()
+
+    def _predict(self, inputs: Inputs) -> Tensor:
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            return self.student(**inputs, return_dict=False)[0].float()
+
+    def _set_activations(self, phase: str) -> None:
+        for layer in self.student.modules():
+            if isinstance(layer, LatentTernaryLinear):
+                layer.int8_activations = phase == "int8"
+
+    def _evaluate(self, began: float) -> None:
+        """Ends an interval: a record, the best weights, a checkpoint; and a phase that gains nothing any more."""
+        # Of the steps behind: `phase` is already the next step's.
+        phase = "native" if self.step <= self.native_steps else "int8"
+        loss = self._losses / self._losses_added
+        if self.ranks > 1:
+            dist.all_reduce(loss)
+        held_out, flipped = self.held_out_error(), self.codes_flipped()
+        self.seconds = time.monotonic() - began
+        record = Record(self.step, phase, loss.item() / self.ranks, held_out, flipped, self.seconds)
+        if not torch.isfinite(torch.tensor([record.loss, held_out])).all():
+            raise FloatingPointError(f"distill: loss {record.loss} and held-out error {held_out} at step {self.step}")
+        self.records.append(record)
+        self._losses.zero_()
+        self._losses_added = 0
+        self.waited += 1
+        if held_out < self.best:
+            self.best, self.waited = held_out, 0
+            self._save_best()
+        if self.rank == 0:
+            print(
+                f"distill: step {record.step}/{self.settings.steps} ({phase}) loss {record.loss:.5f} "
+                f"held out {held_out:.5f} {flipped:.2%} of the codes flipped {self.seconds:.0f} s",
+                flush=True,
+            )
+        if self.waited >= self.settings.patience:
+            self.step = self.native_steps if self.step < self.native_steps else self.settings.steps
+        if self.step == self.native_steps < self.settings.steps:  # other activations, other errors
+            self.best, self.waited = float("inf"), 0
+        self._save()
+
+    @torch.no_grad()
+    def _save_best(self) -> None:
+        """The student as a ternary transformer's tensors, in float32."""
+        tensors = {name: _whole(p).cpu() for name, p in self.others.items() if not name.endswith(".log_scale")}
+        for name, latent in self.latents.items():
+            layer = name.removesuffix(".latent")
+            packed_NJ = pack_planes(codes_of(_whole(latent)).to(torch.int8)).cpu()
+            if self.rank == 0:
+                tensors[f"{layer}.packed"] = packed_NJ
+                tensors[f"{layer}.scale"] = self.others[f"{layer}.log_scale"].exp().cpu()
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.folder / RESULT, tensors)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "waited": self.waited,
+            "best": None if self.best == float("inf") else self.best,
+            "seconds": self.seconds,
+            "records": [asdict(record) for record in self.records],
+        }
+        parts = self._parts()
+        if self.rank == 0:
+            save_checkpoint(self.folder, self.step, parts, state)
+        else:
+            for _ in parts:  # its share in gathering them
+                pass
+        if self.ranks > 1:
+            dist.barrier()  # nobody goes on from a checkpoint that is not whole
+
+    @torch.no_grad()
+    def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for block in self.blocks:
+            part = {}
+            for name in (name for name in self.latents if name.startswith(f"{block}.")):
+                part[name] = _whole(self.latents[name].detach()).cpu()
+                part[f"{name}.row"] = _whole_rows(self.factored.rows[name], self.latents[name]).cpu()
+                part[f"{name}.column"] = self.factored.columns[name].cpu()
+            yield block, part
+        rest = {name: p.detach().cpu() for name, p in self.others.items()}
+        for index, moments in self.adam.state_dict()["state"].items():
+            rest |= {f"adam.{index}.{key}": tensor.cpu() for key, tensor in moments.items()}
+        rest |= {f"rollouts.{key}": tensor for key, tensor in self.rollouts.tensors().items()}
+        yield _REST, rest
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        try:
+            for block in self.blocks:
+                part = checkpoint.part(block)
+                for name in (name for name in self.latents if name.startswith(f"{block}.")):
+                    rows = local_rows(self.latents[name])
+                    local(self.latents[name]).copy_(part[name][rows])
+                    self.factored.rows[name].copy_(part[f"{name}.row"][rows])
+                    self.factored.columns[name].copy_(part[f"{name}.column"])
+            rest = checkpoint.part(_REST)
+            for name, parameter in self.others.items():
+                parameter.copy_(rest[name])
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key in (key for key in rest if key.startswith("adam.")):
+                _, index, moment = key.split(".")
+                moments.setdefault(int(index), {})[moment] = rest[key]
+            groups = self.adam.state_dict()["param_groups"]
+            self.adam.load_state_dict({"state": moments, "param_groups": groups})
+            prefix = "rollouts."
+            self.rollouts.restore({k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)})
+            state = checkpoint.state
+            self.step, self.waited, self.seconds = state["step"], state["waited"], state["seconds"]
+            self.best = float("inf") if state["best"] is None else state["best"]
+            self.records = [Record(**record) for record in state["records"]]
+        except (KeyError, RuntimeError, TypeError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError(
+                f"{checkpoint.folder} is no checkpoint of this training ({problem}): remove {self.folder}"
+            ) from error
+
+
+def finished(folder: Path, steps: int) -> list[Record] | None:
+    """The log of a training of `steps` steps in `folder` that has come to its end; None for any other."""
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None or checkpoint.state["step"] != steps:
+        return None
+    return [Record(**record) for record in checkpoint.state["records"]]
+
+
+def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
+    """The best student in `folder` as a ternary transformer, on the CPU. UserError for a damaged file."""
+    transformer = empty_transformer(config)
+    empty_ternary_linears(transformer)
+    transformer.load_state_dict(load_tensors(folder / RESULT, f"remove {folder} and train from the start"), assign=True)
+    return transformer.eval().requires_grad_(False)
+
+
+class _Outputs:
+    """What some blocks give while `kept` is open: image and text tokens, one after the other."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.outputs: list[Tensor] = []
+        self._open = False
+        for name in names:
+            model.get_submodule(name).register_forward_hook(self._keep)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        self._open = True  # blocks that are computed again in the backward pass do not count
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def drop(self) -> None:
+        self.outputs.clear()
+
+    def _keep(self, _module: nn.Module, _arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
+        if self._open:
+            self.outputs.extend(output)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """The same bits in every run where the libraries can: flash attention's backward pass adds up in any order."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switch = torch.utils.deterministic
+    fills = switch.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switch.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+def _spread_names(blocks: Sequence[str], count: int) -> list[str]:
+    """`count` of the blocks, evenly, without the last, whose output the velocity shows."""
+    count = min(count, len(blocks) - 1)
+    return [blocks[(index + 1) * len(blocks) // (count + 1) - 1] for index in range(count)]
+
+
+def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Squared error over the target's mean square, [B]: each state counts alike, whoever shares its batch."""
+    theirs = theirs.detach().float().flatten(1)
+    return (mine.float().flatten(1) - theirs).square().mean(1) / theirs.square().mean(1).clamp(min=1e-8)
+
+
+def _shard(model: FluxTransformer2DModel, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Leaves this rank's rows of every weight but those of `whole`; a block's are gathered while it is computed."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for kind in BLOCKS:
+        for block in getattr(model, kind):
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_rows(row_N: Tensor, latent: Tensor) -> Tensor:
+    """The row moments of all ranks."""
+    if not isinstance(latent, DTensor):
+        return row_N
+    whole = torch.Size([latent.shape[0]])
+    return DTensor.from_local(row_N, latent.device_mesh, [Shard(0)], shape=whole, stride=(1,)).full_tensor()
