@@ -1,20 +1,7 @@
 """End-to-end self-distillation at any size: a ternary student of 11.9 billion parameters trains on one 80 GB GPU.
 
-The memory plan, for FLUX.1-dev (11.90 B parameters, 11.83 B of them weights of block linears) at 1024x1024, one image:
-
-    teacher, bfloat16                                          23.8 GB
-    student's latent weights, bfloat16                         23.7 GB
-    all else of the student (0.07 B), with gradients and
-    AdamW's moments, float32                                    1.1 GB
-    gradients of latents: one layer's, in bfloat16 and float32  see distill_memory.py
-    second moments of latents: a row and a column a weight      0.03 GB
-    activations: what enters each of the 57 blocks              1.6 GB
-    ... and one block's, with its ternary weights               see distill_memory.py
-
-Nothing else grows with the model. The latents' optimizer steps inside the backward pass and frees each gradient
-(distill_optimizer.py); bfloat16 latents are rounded stochastically; every block is computed again in the backward pass.
-A step that ends inside backward leaves nothing to accumulate gradients in: a step's images all pass at once, on one
-GPU or spread over several, which also share teacher and latents (FSDP2).
+Latent weights are bfloat16 and step inside the backward pass (distill_optimizer.py); every block is computed again in
+it; the teacher stays beside the student, in its own dtype. distill_memory.py gives the arithmetic.
 """
 
 import contextlib
