@@ -11,6 +11,7 @@ A step that ends inside backward leaves nothing to accumulate gradients in: a st
 or spread over several, which then share teacher and latents (FSDP2) and gather a block's weights while they compute it.
 """
 
+import gc
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,7 +25,7 @@ FLOAT, BF16 = 4, 2
 OTHERS_BYTES = 16  # a parameter that is no latent: itself, its gradient, two moments
 STEP_BYTES = 16  # an element of the layer whose latents step: bfloat16 and float32 gradients, update, random bits
 SAVED_WIDTHS = 30  # bfloat16 numbers a token and channel that a block keeps for its backward pass
-GRADIENT_WIDTHS = 14  # and that are alive beside them while it runs
+GRADIENT_WIDTHS = 26  # and that are alive beside them while it runs; 12 of them in flash attention's ordered sums
 GATHERED_BLOCKS = 2  # with several GPUs: the one computed and the next one
 RESERVE = 1_500_000_000  # libraries' workspaces, and what the allocator cannot use
 
@@ -86,6 +87,8 @@ def check_memory(plan: MemoryPlan, device: torch.device) -> None:
     """UserError where a CUDA device has less free memory than the plan says; other devices are not asked."""
     if device.type != "cuda":
         return
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier work here held is free
     free = torch.cuda.mem_get_info(device)[0]
     if plan.total > free:
         raise UserError(

@@ -77,6 +77,10 @@ class EndToEndSettings:
     seed: int = 0
 
 
+# For FLUX.1-dev; how the mini FLUX is trained differs in steps and batch.
+RECIPE = EndToEndSettings(steps=10_000, int8_steps=2_500, batch=1, sampler_steps=28, guidance=3.5)
+
+
 @dataclass(frozen=True)
 class Record:
     """What an evaluation saw; one row of the log.
@@ -103,7 +107,8 @@ class EndToEnd:
 
     `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
     where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
-    and keeps its rows of teacher and latents. UserError for too few prompts and a damaged checkpoint.
+    and keeps its rows of teacher and latents. UserError for a batch that the ranks cannot share and for a damaged
+    checkpoint.
     """
 
     def __init__(
@@ -112,13 +117,14 @@ class EndToEnd:
         start: FluxTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         conditions: Conditions,
+        trained: Sequence[int],
         held_out: Sequence[int],
         settings: EndToEndSettings,
         device: torch.device,
         folder: Path,
         mesh: DeviceMesh | None = None,
     ):
-        """`held_out` are the places in `conditions` of prompts that are not trained on."""
+        """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
         self.settings, self.device, self.folder, self.mesh = settings, device, folder, mesh
         self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         if settings.batch % self.ranks:
@@ -155,15 +161,11 @@ class EndToEnd:
         self._losses_added = 0
 
         sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(conditions.image_ids_L3), torch.device("cpu"))
-        aside = set(held_out)
-        trained = [place for place in range(len(conditions.pooled_PD)) if place not in aside]
-        if not trained or not aside:
-            raise UserError(f"{len(trained)} prompts to train on and {len(aside)} held out: give more prompts")
         share = settings.batch // self.ranks
         common = {"channels": teacher.config.in_channels, "device": device}
         self.held_out = HeldOut(
             conditions,
-            list(held_out),
+            held_out,
             sigmas,
             settings.guidance,
             batch=share,
@@ -205,15 +207,18 @@ class EndToEnd:
         FloatingPointError for a loss that is not finite.
         """
         began = time.monotonic() - self.seconds
-        with _deterministic():
-            while self.step < self.settings.steps:
-                self.train_step()
-                if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
-                    self._evaluate(began)
+        while self.step < self.settings.steps:
+            self.train_step()
+            if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
+                self._evaluate(began)
         return self.records
 
     def train_step(self) -> None:
         """One batch forward and backward, in which the latents step; then all else, and the states."""
+        with _deterministic():
+            self._train_step()
+
+    def _train_step(self) -> None:
         settings = self.settings
         self._set_activations(self.phase)
         factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
@@ -309,7 +314,7 @@ class EndToEnd:
             self.step = self.native_steps if self.step < self.native_steps else self.settings.steps
         if self.step == self.native_steps < self.settings.steps:  # other activations, other errors
             self.best, self.waited = float("inf"), 0
-        self._save()
+        self.save()
 
     @torch.no_grad()
     def _save_best(self) -> None:
@@ -325,7 +330,8 @@ class EndToEnd:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.folder / RESULT, tensors)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes a checkpoint of this step; every rank must call it."""
         state = {
             "step": self.step,
             "waited": self.waited,

@@ -3,6 +3,8 @@
 python jobs/quantize.py --profile mini --output DIR                              compensated codes, no training
 python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
+python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 --distill-steps 6000 --distill-batch 256
+                                                                                 and then the whole, end to end
 """
 
 import argparse
@@ -13,12 +15,16 @@ from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from cluster.profile import Profile
+from jobs import _ray
 from jobs._cli import COMPLETE, Parser, exit_code_of, positive
 
 if TYPE_CHECKING:
+    from bitflux_core.distill_training import EndToEndSettings
+    from bitflux_core.quantizer.end_to_end import EndToEndTask
     from bitflux_core.quantizer.snr import Snr
 
 INITS = ("compensated", "least-squares", "absmean")
+MINI_DISTILL_PROMPTS = 4096
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,6 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--reconstruction-steps", type=natural, default=0, metavar="N", help="training of each block (%(default)s)")
+    add("--distill-steps", type=natural, default=0, metavar="N", help="training end to end, at the end (%(default)s)")
+    add("--distill-int8-steps", type=natural, metavar="N", help="of them with int8 activations, last (a quarter)")
+    add("--distill-batch", type=positive, metavar="N", help="images a step, on all GPUs (the profile's batch_size)")
+    add("--distill-prompts", type=positive, metavar="N", help="prompts for it (all of the file; mini: 4096)")
+    add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (the profile's models.ternary)")
     return parser.parse_args(argv)
@@ -50,7 +61,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from bitflux_core.accounting import size_report
     from bitflux_core.checkpoint import check_unused
     from bitflux_core.prompts import check_prompt_lengths
-    from bitflux_core.quantizer.quantize import PLOT, TABLE, QuantizeSettings, quantize
+    from bitflux_core.quantizer.quantize import LOG, PLOT, TABLE, QuantizeSettings, quantize
     from cluster.manifests import REPOSITORY
     from cluster.model_files import locate
     from cluster.profile import load_profile
@@ -62,6 +73,8 @@ def _quantize(args: argparse.Namespace) -> int:
     output = check_unused(args.output or REPOSITORY / str(profile.models.ternary))  # before the work, not after
     prompts = calibration_prompts(profile, args)
     check_prompt_lengths(pipeline_dir, prompts, profile.sampling.max_sequence_length)
+    end_to_end, distill_prompts = _end_to_end(profile, args)
+    check_prompt_lengths(pipeline_dir, distill_prompts, profile.sampling.max_sequence_length)
     settings = QuantizeSettings(
         init=args.init,
         prompts=prompts,
@@ -70,14 +83,19 @@ def _quantize(args: argparse.Namespace) -> int:
         sampling=profile.sampling,
         batch=profile.batch_size,
         seed=args.seed,
+        end_to_end=end_to_end,
+        distill_prompts=distill_prompts,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer = quantize(pipeline_dir, output, settings, device, _report)
+    run_on_gpus = _run_on_gpus if args.distill_gpus > 1 else None
+    transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, run_on_gpus)
 
     sizes = size_report(transformer)
     print(f"{sizes.ternary_share:.2%} of {sizes.total_params:,} parameters ternary")
     megabytes = f"{sizes.bf16_bytes / 1e6:,.1f} MB in bf16, {sizes.storage_bytes / 1e6:,.1f} MB ternary"
     print(f"storage: {megabytes} ({sizes.ratio:.2f}x)")
+    if end_to_end:
+        print(f"log of the training end to end: {output / LOG}")
     print(f"written to {output}; signal-to-noise ratios of all layers: {TABLE}, {PLOT}")
     return COMPLETE
 
@@ -89,25 +107,68 @@ def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str
     """
     count = args.calibration_prompts
     if args.calibration:
-        try:
-            lines = args.calibration.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{args.calibration} cannot be read ({error}): name a text file of prompts") from error
-        prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        if len(prompts) < count:
-            raise UserError(f"{args.calibration} holds {len(prompts)} prompts of {count}: set --calibration-prompts")
-        return prompts[:count]
+        return _prompts_of_file(args.calibration, count, "--calibration-prompts")
     if profile.calibration == "mini-world":
-        from bitflux_core.mini.world import training_prompts
-
-        specs, weights = training_prompts()
-        return tuple(spec.text for spec in random.Random(args.seed).choices(specs, weights, k=count))
+        return _prompts_of_mini_world(count, args.seed)
     if args.init == "compensated" or args.reconstruction_steps:
         raise UserError(
             f"profile {profile.name} has no calibration prompts: give --calibration a file of them, "
             "or take --init least-squares"
         )
     return ()
+
+
+def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSettings | None, tuple[str, ...]]":
+    """How to train end to end, and on which prompts. UserError for options that contradict each other."""
+    from bitflux_core.distill_training import EndToEndSettings
+
+    if not args.distill_steps:
+        return None, ()
+    int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
+    if int8_steps > args.distill_steps:
+        raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
+    if args.calibration:
+        prompts = _prompts_of_file(args.calibration, args.distill_prompts, "--distill-prompts")
+    elif profile.calibration == "mini-world":
+        prompts = _prompts_of_mini_world(args.distill_prompts or MINI_DISTILL_PROMPTS, args.seed)
+    else:
+        raise UserError(f"profile {profile.name} has no prompts to train on: give --calibration a file of them")
+    settings = EndToEndSettings(
+        steps=args.distill_steps,
+        int8_steps=int8_steps,
+        batch=args.distill_batch or profile.batch_size,
+        sampler_steps=profile.sampling.steps,
+        guidance=profile.sampling.guidance,
+        seed=args.seed,
+    )
+    return settings, prompts
+
+
+def _run_on_gpus(task: "EndToEndTask") -> None:
+    _ray.prepare()
+    from cluster.distill_train import train
+
+    with _ray.connected():
+        train(task)
+
+
+def _prompts_of_file(file: Path, count: int | None, option: str) -> tuple[str, ...]:
+    """The first `count` prompts, one a line, or all."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): name a text file of prompts") from error
+    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if count is not None and len(prompts) < count:
+        raise UserError(f"{file} holds {len(prompts)} prompts of {count}: set {option}")
+    return prompts[:count]
+
+
+def _prompts_of_mini_world(count: int, seed: int) -> tuple[str, ...]:
+    from bitflux_core.mini.world import training_prompts
+
+    specs, weights = training_prompts()
+    return tuple(spec.text for spec in random.Random(seed).choices(specs, weights, k=count))
 
 
 def _report(name: str, rows: "list[Snr]") -> None:

@@ -7,7 +7,7 @@ from diffusers import FluxTransformer2DModel
 from bitflux_core.benchmark.models import FLUX_DEV
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import LatentTernaryLinear, make_student
-from bitflux_core.distill_memory import GRADIENT_WIDTHS, SAVED_WIDTHS, MemoryPlan, check_memory, memory_plan
+from bitflux_core.distill_memory import SAVED_WIDTHS, MemoryPlan, check_memory, memory_plan
 from bitflux_core.errors import UserError
 
 TOKENS = 4096 + 512
@@ -81,7 +81,6 @@ def test_a_block_saves_what_the_plan_says(kind):
         block(hidden, encoder, torch.randn(1, width), rotary)
     widths = (sum(saved.values()) - weights) / (tokens * width * 2)
     assert SAVED_WIDTHS - 4 < widths <= SAVED_WIDTHS
-    assert GRADIENT_WIDTHS >= 8  # an MLP's gradient in and out
 
 
 def test_too_little_memory_is_said_with_both_figures(flux_dev, monkeypatch):
