@@ -8,8 +8,10 @@ python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 -
 """
 
 import argparse
+import contextlib
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +89,8 @@ def _quantize(args: argparse.Namespace) -> int:
         distill_prompts=distill_prompts,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_on_gpus = _run_on_gpus if args.distill_gpus > 1 else None
-    transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, run_on_gpus)
+    with _several(args.distill_gpus if end_to_end else 1) as train:
+        transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, train)
 
     sizes = size_report(transformer)
     print(f"{sizes.ternary_share:.2%} of {sizes.total_params:,} parameters ternary")
@@ -144,12 +146,18 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
     return settings, prompts
 
 
-def _run_on_gpus(task: "EndToEndTask") -> None:
+@contextlib.contextmanager
+def _several(gpus: int) -> "Iterator[Callable[[EndToEndTask], None] | None]":
+    """What trains on so many GPUs; None for a single one. UserError where there are not as many."""
+    if gpus == 1:
+        yield None
+        return
     _ray.prepare()
-    from cluster.distill_train import train
+    from cluster.distill_train import check_gpus, train
 
     with _ray.connected():
-        train(task)
+        check_gpus(gpus)  # before the blocks, which take hours
+        yield train
 
 
 def _prompts_of_file(file: Path, count: int | None, option: str) -> tuple[str, ...]:

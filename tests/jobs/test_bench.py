@@ -237,3 +237,14 @@ def test_training_that_does_not_fit_is_refused_with_the_figures(capsys, tmp_path
 
 def _refuse(*_):
     raise UserError("54.8 GB asked, 24 GB free")
+
+
+@pytest.mark.slow  # a Ray of its own
+def test_training_on_ranks_that_share_the_model(tmp_path):
+    command = [sys.executable, "jobs/bench.py", "distill", "--tiny", "--gpus", "2", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = files(tmp_path, "distill")[1]
+    assert (row["gpus"], row["batch"], row["error"]) == (2, 2, None)
+    assert row["step_s"] > 0
+    assert row["save_s"] > 0
