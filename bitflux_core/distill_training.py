@@ -5,6 +5,7 @@ it; the teacher stays beside the student, in its own dtype. distill_memory.py gi
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ class Record:
     Attributes:
         step: steps made.
         phase: "native" or "int8", the activations that the student sees.
-        loss: mean over the steps since the last record.
+        loss: mean over the steps since the last record; None where a phase begins.
         held_out: mean relative velocity error on the held-out states.
         codes_flipped: share of the codes that differ from the start.
         seconds: of training so far, evaluations included, interruptions left out.
@@ -96,7 +97,7 @@ class Record:
 
     step: int
     phase: str
-    loss: float
+    loss: float | None
     held_out: float
     codes_flipped: float
     seconds: float
@@ -155,6 +156,7 @@ class EndToEnd:
         self.step = 0
         self.waited = 0  # evaluations since the best one
         self.best = float("inf")
+        self.begun: str | None = None  # the phase whose first weights were looked at
         self.seconds = 0.0
         self.records: list[Record] = []
         self._losses = torch.zeros((), device=device)
@@ -208,6 +210,8 @@ class EndToEnd:
         """
         began = time.monotonic() - self.seconds
         while self.step < self.settings.steps:
+            if self.begun != self.phase:
+                self._begin_phase(began)
             self.train_step()
             if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
                 self._evaluate(began)
@@ -285,36 +289,44 @@ class EndToEnd:
             if isinstance(layer, LatentTernaryLinear):
                 layer.int8_activations = phase == "int8"
 
+    def _begin_phase(self, began: float) -> None:
+        """Other activations, other errors: what the phase starts from is the first to be its best."""
+        self.begun = self.phase
+        self._set_activations(self.phase)
+        self._record(self.phase, None, began)
+        self.best, self.waited = self.records[-1].held_out, 0
+        self._save_best()
+
     def _evaluate(self, began: float) -> None:
         """Ends an interval: a record, the best weights, a checkpoint; and a phase that gains nothing any more."""
-        # Of the steps behind: `phase` is already the next step's.
-        phase = "native" if self.step <= self.native_steps else "int8"
         loss = self._losses / self._losses_added
         if self.ranks > 1:
             dist.all_reduce(loss)
-        held_out, flipped = self.held_out_error(), self.codes_flipped()
-        self.seconds = time.monotonic() - began
-        record = Record(self.step, phase, loss.item() / self.ranks, held_out, flipped, self.seconds)
-        if not torch.isfinite(torch.tensor([record.loss, held_out])).all():
-            raise FloatingPointError(f"distill: loss {record.loss} and held-out error {held_out} at step {self.step}")
-        self.records.append(record)
+        assert self.begun is not None
+        self._record(self.begun, loss.item() / self.ranks, began)
         self._losses.zero_()
         self._losses_added = 0
         self.waited += 1
-        if held_out < self.best:
-            self.best, self.waited = held_out, 0
+        if self.records[-1].held_out < self.best:
+            self.best, self.waited = self.records[-1].held_out, 0
             self._save_best()
-        if self.rank == 0:
-            print(
-                f"distill: step {record.step}/{self.settings.steps} ({phase}) loss {record.loss:.5f} "
-                f"held out {held_out:.5f} {flipped:.2%} of the codes flipped {self.seconds:.0f} s",
-                flush=True,
-            )
         if self.waited >= self.settings.patience:
             self.step = self.native_steps if self.step < self.native_steps else self.settings.steps
-        if self.step == self.native_steps < self.settings.steps:  # other activations, other errors
-            self.best, self.waited = float("inf"), 0
         self.save()
+
+    def _record(self, phase: str, loss: float | None, began: float) -> None:
+        held_out, flipped = self.held_out_error(), self.codes_flipped()
+        self.seconds = time.monotonic() - began
+        if not math.isfinite(held_out) or not math.isfinite(loss or 0):
+            raise FloatingPointError(f"distill: loss {loss} and held-out error {held_out} at step {self.step}")
+        self.records.append(Record(self.step, phase, loss, held_out, flipped, self.seconds))
+        if self.rank == 0:
+            print(
+                f"distill: step {self.step}/{self.settings.steps} ({phase}) "
+                f"loss {'-' if loss is None else f'{loss:.5f}'} held out {held_out:.5f} "
+                f"{flipped:.2%} of the codes flipped {self.seconds:.0f} s",
+                flush=True,
+            )
 
     @torch.no_grad()
     def _save_best(self) -> None:
@@ -335,7 +347,8 @@ class EndToEnd:
         state = {
             "step": self.step,
             "waited": self.waited,
-            "best": None if self.best == float("inf") else self.best,
+            "best": self.best,
+            "begun": self.begun,
             "seconds": self.seconds,
             "records": [asdict(record) for record in self.records],
         }
@@ -386,7 +399,7 @@ class EndToEnd:
             self.rollouts.restore({k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)})
             state = checkpoint.state
             self.step, self.waited, self.seconds = state["step"], state["waited"], state["seconds"]
-            self.best = float("inf") if state["best"] is None else state["best"]
+            self.best, self.begun = state["best"], state["begun"]
             self.records = [Record(**record) for record in state["records"]]
         except (KeyError, RuntimeError, TypeError) as error:
             problem = " ".join(str(error).split())

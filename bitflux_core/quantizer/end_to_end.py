@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
         pa.field("phase", pa.string(), nullable=False),
-        pa.field("loss", pa.float64(), nullable=False),
+        pa.field("loss", pa.float64()),
         pa.field("held_out", pa.float64(), nullable=False),
         pa.field("codes_flipped", pa.float64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),

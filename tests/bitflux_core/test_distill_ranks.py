@@ -99,14 +99,13 @@ def test_a_step_of_two_ranks_is_that_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_learn_as_one_does(tmp_path):
     one = training(tmp_path / "one")
-    before = one.held_out_error()
     alone = one.run()
     on_two_ranks(tmp_path / "two", steps=2)
     shared = training(tmp_path / "two").records
-    assert [record.step for record in shared] == [record.step for record in alone] == [20, 30, 40]
+    assert [record.step for record in shared] == [record.step for record in alone] == [0, 20, 30, 30, 40]
     for mine, theirs in zip(shared, alone, strict=True):
-        assert mine.loss == pytest.approx(theirs.loss, rel=0.05)
+        assert mine.loss == (None if theirs.loss is None else pytest.approx(theirs.loss, rel=0.05))
         assert mine.held_out == pytest.approx(theirs.held_out, rel=0.15)
         assert mine.codes_flipped == pytest.approx(theirs.codes_flipped, rel=0.1, abs=1e-4)
-    assert shared[-1].loss < 0.9 * shared[0].loss
-    assert shared[-1].held_out < before
+    assert shared[-1].loss < 0.9 * shared[1].loss
+    assert shared[-1].held_out < shared[0].held_out
