@@ -5,7 +5,7 @@ Ray must be initialised. On a cluster without GPUs the ranks run on its cores.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ def train(task: "EndToEndTask") -> None:
 
 
 def measure_training(row: "DistillRow", sizes: "Sizes", folder: Path) -> "DistillRow":
-    """`row` with the figures of rank 0. UserError for more GPUs than there are and too little memory on one."""
+    """`row` with the figures of rank 0, or its error. UserError for more GPUs than there are and too little memory on one."""
     from bitflux_core.benchmark import distill
 
     with tempfile.TemporaryDirectory(prefix="distill-ranks-", dir=folder) as made:
@@ -52,7 +52,12 @@ def measure_training(row: "DistillRow", sizes: "Sizes", folder: Path) -> "Distil
             if mesh.get_local_rank() == 0:
                 write_json(file, asdict(measured))
 
-        on_ranks(measure, row.gpus)
+        try:
+            on_ranks(measure, row.gpus)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises: the other rows still count
+            return replace(row, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return distill.DistillRow(**read_json(file, "measure again"))
 
 

@@ -61,8 +61,9 @@ class DistillRow:
 def measure_training(
     row: DistillRow, sizes: Sizes, device: torch.device, folder: Path, mesh: DeviceMesh | None = None
 ) -> DistillRow:
-    """`row` with its figures; checkpoints go to a folder in `folder`. With `mesh` every rank calls it.
+    """`row` with its figures or its error; checkpoints go to a folder in `folder`.
 
+    With `mesh` every rank calls it, and an error is raised: the others would wait for a rank that went on alone.
     UserError where the GPU's free memory is less than planned.
     """
     plan = memory_plan(
@@ -76,7 +77,9 @@ def measure_training(
     check_memory(plan, device)
     row = replace(row, planned_gb=plan.total / GB)
     with tempfile.TemporaryDirectory(prefix="distill-", dir=folder) as made:
-        return attempt(row, lambda: _measure(row, sizes, device, Path(made), mesh))
+        if mesh:
+            return replace(row, **_measure(row, sizes, device, Path(made), mesh))
+        return attempt(row, lambda: _measure(row, sizes, device, Path(made), None))
 
 
 def _measure(

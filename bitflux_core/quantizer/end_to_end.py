@@ -23,6 +23,7 @@ from bitflux_core.distill_training import EndToEnd, EndToEndSettings, Record, fi
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.loading import load_transformer
+from bitflux_core.training import use_fast_math
 
 REMEDY = "remove the folder and begin again"
 SCHEMA = pa.schema(
@@ -78,6 +79,8 @@ class EndToEndTask:
         if finished(self._training, self.settings.steps):
             return
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            use_fast_math()
         conditions = Conditions(**load_tensors(self._conditions, REMEDY))
         tokens = len(conditions.image_ids_L3) + conditions.prompt_embeds_PTD.shape[1]
         self.check(tokens, device)
