@@ -7,7 +7,7 @@ it; the teacher stays beside the student, in its own dtype. distill_memory.py gi
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -203,18 +203,21 @@ class EndToEnd:
     def phase(self) -> str:
         return "native" if self.step < self.native_steps else "int8"
 
-    def run(self) -> list[Record]:
+    def run(self, look: Callable[[FluxTransformer2DModel, int], None] = lambda _student, _step: None) -> list[Record]:
         """Trains to the end, from wherever it stands; the best weights of the last phase are in `folder` then.
 
-        FloatingPointError for a loss that is not finite.
+        `look` is given the student and the steps made, on every rank, with each record. FloatingPointError for a loss
+        that is not finite.
         """
         began = time.monotonic() - self.seconds
         while self.step < self.settings.steps:
             if self.begun != self.phase:
                 self._begin_phase(began)
+                self._shown_to(look)
             self.train_step()
             if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
                 self._evaluate(began)
+                self._shown_to(look)
         return self.records
 
     def train_step(self) -> None:
@@ -280,9 +283,16 @@ class EndToEnd:
             return self.teacher(**cast, return_dict=False)[0].float()
 
     def _predict(self, inputs: Inputs) -> Tensor:
-        kind = self.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+        with self._autocast():
             return self.student(**inputs, return_dict=False)[0].float()
+
+    def _shown_to(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
+        with torch.no_grad(), self._autocast():
+            look(self.student, self.records[-1].step)
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
     def _set_activations(self, phase: str) -> None:
         for layer in self.student.modules():

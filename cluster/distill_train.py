@@ -41,7 +41,10 @@ def train(task: "EndToEndTask") -> None:
 
 
 def measure_training(row: "DistillRow", sizes: "Sizes", folder: Path) -> "DistillRow":
-    """`row` with the figures of rank 0, or its error. UserError for more GPUs than there are and too little memory on one."""
+    """`row` with the figures of rank 0, or its error.
+
+    UserError for more GPUs than there are and too little memory on one.
+    """
     from bitflux_core.benchmark import distill
 
     with tempfile.TemporaryDirectory(prefix="distill-ranks-", dir=folder) as made:

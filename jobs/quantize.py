@@ -42,6 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--distill-int8-steps", type=natural, metavar="N", help="of them with int8 activations, last (a quarter)")
     add("--distill-batch", type=positive, metavar="N", help="images a step, on all GPUs (the profile's batch_size)")
     add("--distill-prompts", type=positive, metavar="N", help="prompts for it (all of the file; mini: 4096)")
+    add(
+        "--distill-images",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="drawn at intervals while it trains (%(default)s)",
+    )
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (the profile's models.ternary)")
@@ -87,6 +94,7 @@ def _quantize(args: argparse.Namespace) -> int:
         seed=args.seed,
         end_to_end=end_to_end,
         distill_prompts=distill_prompts,
+        distill_images=args.distill_images,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _several(args.distill_gpus if end_to_end else 1) as train:

@@ -6,13 +6,15 @@ of several.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from bitflux_core.checkpoint import empty_transformer, load_ternary, save_ternary
@@ -22,9 +24,12 @@ from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_training import EndToEnd, EndToEndSettings, Record, finished, load_result
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
+from bitflux_core.generate import ImageGenerator, PromptEmbedding
 from bitflux_core.loading import load_transformer
+from bitflux_core.samples import Sampling
 from bitflux_core.training import use_fast_math
 
+IMAGES = "images"
 REMEDY = "remove the folder and begin again"
 SCHEMA = pa.schema(
     [
@@ -49,14 +54,20 @@ class Prompts:
 
 @dataclass(frozen=True)
 class EndToEndTask:
-    """A training in `directory`, which holds all but the teacher: start, conditions, checkpoints, result."""
+    """A training in `directory`, which holds all but the teacher: start, conditions, checkpoints, result.
+
+    `images` of the held-out prompts are drawn with every record, the same noise each time, and kept as
+    `images/step-STEP.png` side by side.
+    """
 
     pipeline_dir: Path
     directory: Path
     settings: EndToEndSettings
+    sampling: Sampling
+    trained: tuple[int, ...]
+    held_out: tuple[int, ...]
     gpus: int = 1
-    trained: tuple[int, ...] = field(repr=False, default=())
-    held_out: tuple[int, ...] = field(repr=False, default=())
+    images: int = 0
 
     def prepare(self, start: FluxTransformer2DModel, conditions: Conditions) -> None:
         """Keeps what `run` reads; what an earlier call kept stays."""
@@ -88,7 +99,25 @@ class EndToEndTask:
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
         places = (self.trained, self.held_out)
-        EndToEnd(teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh).run()
+        training = EndToEnd(teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh)
+        drawn = self.held_out[: self.images]
+        if not drawn:
+            training.run()
+            return
+        embeddings = [PromptEmbedding(conditions.prompt_embeds_PTD[at], conditions.pooled_PD[at]) for at in drawn]
+        generator = ImageGenerator(training.student, self.pipeline_dir, device, dtype)
+
+        def look(_student: FluxTransformer2DModel, step: int) -> None:
+            """Every rank draws, since all of them hold parts of the student."""
+            images = [
+                generator.draw([embedding], [seed], self.sampling)[0] for seed, embedding in enumerate(embeddings)
+            ]
+            if training.rank == 0:
+                folder = self.directory / IMAGES
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(np.concatenate(images, axis=1)).save(folder / f"step-{step:08}.png")
+
+        training.run(look)
 
     def check(self, tokens: int, device: torch.device) -> None:
         """UserError where a step on `tokens` of text and image would not fit the GPU, or the GPUs not the batch."""

@@ -20,7 +20,7 @@ from bitflux_core.layers import empty_ternary_linears
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.calibration import Calibration
-from bitflux_core.quantizer.end_to_end import EndToEndTask, split_prompts, write_log
+from bitflux_core.quantizer.end_to_end import IMAGES, EndToEndTask, split_prompts, write_log
 from bitflux_core.quantizer.memory import check_memory, required_bytes
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.snr import Snr, write_plot, write_table
@@ -45,6 +45,7 @@ class QuantizeSettings:
         seed: of noise, states and training.
         end_to_end: how the whole transformer is trained afterwards; None leaves it as its blocks are.
         distill_prompts: what that training takes and, in part, holds out.
+        distill_images: how many of those held out are drawn while it goes on.
     """
 
     init: Init
@@ -56,6 +57,7 @@ class QuantizeSettings:
     seed: int = 0
     end_to_end: EndToEndSettings | None = None
     distill_prompts: tuple[str, ...] = ()
+    distill_images: int = 0
 
 
 def quantize(
@@ -92,8 +94,16 @@ def quantize(
     if settings.end_to_end:
         prompts = split_prompts(settings.distill_prompts, settings.end_to_end.held_out, settings.seed)
         directory = output.with_name(f"{output.name}.partial") / "end-to-end"
-        places = {"trained": prompts.trained, "held_out": prompts.held_out}
-        task = EndToEndTask(pipeline_dir, directory.absolute(), settings.end_to_end, gpus, **places)
+        task = EndToEndTask(
+            pipeline_dir.absolute(),
+            directory.absolute(),
+            settings.end_to_end,
+            settings.sampling,
+            prompts.trained,
+            prompts.held_out,
+            gpus,
+            settings.distill_images,
+        )
         task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
@@ -119,6 +129,8 @@ def quantize(
     write_plot(rows, made / PLOT)
     if records:
         write_log(records, made / LOG)
+    if task and task.images:
+        shutil.copytree(task.directory / IMAGES, made / IMAGES)
     os.replace(made, output)  # whole, or not at all
     work.remove()
     return transformer

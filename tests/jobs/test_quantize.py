@@ -7,6 +7,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from bitflux_core.checkpoint import load_ternary
 from cluster.manifests import REPOSITORY
@@ -71,13 +72,16 @@ def prompts_file(folder, count: int):
 
 def test_training_end_to_end_is_part_of_the_checkpoint(models, tmp_path, profile, capsys):
     calibration = ["--calibration", prompts_file(tmp_path, 20), "--calibration-prompts", "2", "--init", "least-squares"]
-    training = ["--distill-steps", "4", "--distill-int8-steps", "2", "--distill-batch", "2"]
+    training = ["--distill-steps", "4", "--distill-int8-steps", "2", "--distill-batch", "2", "--distill-images", "2"]
     output = tmp_path / "twin"
     assert quantize.main(["--profile", profile, *calibration, *training, "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert "distill: step 2/4 (native) loss" in said
     assert "distill: step 4/4 (int8) loss" in said
     assert str(output / "distill.parquet") in said
+    images = sorted((output / "images").iterdir())
+    assert [path.name for path in images] == [f"step-0000000{step}.png" for step in (0, 2, 4)]
+    assert Image.open(images[0]).size == (2 * 64, 64)
     header = json.loads((output / "config.json").read_text())["quantization_config"]
     assert header["method"] == "self-distillation"
     assert header["provenance"]["end_to_end"]["steps"] == 4
