@@ -2,7 +2,7 @@
 
 Held all along: the teacher and the student's latent weights in bfloat16 (23.8 + 23.7 GB for FLUX.1-dev); all else of
 the student, 0.07 billion parameters, in float32 with gradients and AdamW's two moments (1.1 GB); of the latents' second
-moments a row and a column each (0.03 GB). Alive for a while: what enters each block (28 MB a block and image of
+moments a row and a column each (0.02 GB). Alive for a while: what enters each block (28 MB a block and image of
 1024x1024); one block, computed again for its backward pass, with its ternary weights; and one layer's gradient, for the
 optimizer steps inside the backward pass and frees it at once. Plain AdamW would want 12 bytes more for every latent,
 142 GB.

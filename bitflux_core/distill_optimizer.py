@@ -6,13 +6,14 @@ nearest bfloat16, where most of them vanish, and cannot take its moments over th
 Legend: N rows, K columns of a weight; with several GPUs N counts the rows of this rank's shard.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from bitflux_core.distill_shards import local, over_ranks
 
 BETA2_DECAY = -0.8  # at step t the second moments keep 1 - t^-0.8 of themselves
 MOST_RMS = 1.0  # of an update before the rate: the clipping, by weight, since no global norm is ever known
@@ -53,14 +54,14 @@ class FactoredInBackward:
         square_NK = gradient.square()
         row_N, column_K = self.rows[name], self.columns[name]
         row_N.lerp_(square_NK.mean(dim=1), forget)
-        column_K.lerp_(_over_ranks(latent, square_NK.sum(dim=0)) / count, forget)
+        column_K.lerp_(over_ranks(latent, square_NK.sum(dim=0)) / count, forget)
         del square_NK
-        row_mean = _over_ranks(latent, row_N.sum()) / count
+        row_mean = over_ranks(latent, row_N.sum()) / count
         # Divided first: the product of two small moments would not be a float32.
         update_NK = (row_N / row_mean.clamp(min=_TINY))[:, None] * column_K
         update_NK.clamp_(min=_TINY).rsqrt_().mul_(gradient)
         del gradient
-        rms = (_over_ranks(latent, update_NK.square().sum()) / latent.numel()).sqrt()
+        rms = (over_ranks(latent, update_NK.square().sum()) / latent.numel()).sqrt()
         update_NK.mul_(-self.rate / (rms / MOST_RMS).clamp(min=1.0)).add_(latent_NK)
         generator = torch.Generator(update_NK.device)
         generator.manual_seed(self._seed_of(latent, index))
@@ -97,24 +98,3 @@ def seed_of(*parts: int) -> int:
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_rows(tensor: Tensor) -> slice:
-    """Which rows of the whole `local` gives: FSDP2 cuts rows as torch.chunk does."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, tensor.shape[0])
-    rows, rank = tensor.shape[0], tensor.device_mesh.get_local_rank()
-    size = math.ceil(rows / tensor.device_mesh.size())
-    return slice(min(rank * size, rows), min((rank + 1) * size, rows))
-
-
-def _over_ranks(latent: Tensor, partial: Tensor) -> Tensor:
-    """The sum over the ranks that share `latent`."""
-    if isinstance(latent, DTensor):
-        dist.all_reduce(partial, group=latent.device_mesh.get_group())
-    return partial

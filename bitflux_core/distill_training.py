@@ -8,16 +8,14 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear, codes_of, make_student, sampler_sigmas
@@ -28,7 +26,10 @@ from bitflux_core.distill_checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from bitflux_core.distill_optimizer import FactoredInBackward, local, local_rows, seed_of
+from bitflux_core.distill_features import BlockOutputs, spread_names, state_errors
+from bitflux_core.distill_optimizer import FactoredInBackward, seed_of
+from bitflux_core.distill_recipe import EndToEndSettings, Record
+from bitflux_core.distill_shards import local, local_rows, shard, whole_of, whole_rows
 from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, empty_ternary_linears
@@ -39,68 +40,6 @@ from kernels.packing import pack_planes, unpack_planes
 RESULT = "best.safetensors"
 WARMUP_SHARE = 20  # of the steps, one in so many
 _REST = "rest"  # the checkpoint's part with all but latents
-
-
-@dataclass(frozen=True)
-class EndToEndSettings:
-    """How the student is trained.
-
-    Attributes:
-        steps: in all; of them the last `int8_steps` see activations rounded as `ternary-int8` rounds them.
-        batch: images a step, on all GPUs together.
-        sampler_steps, guidance: how the teacher draws.
-        latent_lr: latents are in units of their row's scale, so one rate fits every layer.
-        scale_lr, other_lr: of log scales, and of biases, norms and what lies outside the blocks.
-        features: blocks, spread over the depth, whose outputs are compared with the teacher's.
-        feature_weight: of their mean relative error in the loss, beside the velocity's.
-        own_states: share of the trajectories that the student carries along itself, reached after a third.
-        slots: trajectories under way, at least as many as a batch.
-        held_out: prompts, of those given, that are not trained on.
-        interval: steps between evaluations, each of which leaves a checkpoint.
-        patience: evaluations without a better one after which a phase (plain, then int8) ends early.
-    """
-
-    steps: int
-    int8_steps: int
-    batch: int
-    sampler_steps: int
-    guidance: float
-    latent_lr: float = 2e-3
-    scale_lr: float = 5e-4
-    other_lr: float = 1e-4
-    features: int = 4
-    feature_weight: float = 0.1
-    own_states: float = 0.5
-    slots: int = 16
-    held_out: int = 16
-    interval: int = 250
-    patience: int = 6
-    seed: int = 0
-
-
-# For FLUX.1-dev; how the mini FLUX is trained differs in steps and batch.
-RECIPE = EndToEndSettings(steps=10_000, int8_steps=2_500, batch=1, sampler_steps=28, guidance=3.5)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an evaluation saw; one row of the log.
-
-    Attributes:
-        step: steps made.
-        phase: "native" or "int8", the activations that the student sees.
-        loss: mean over the steps since the last record; None where a phase begins.
-        held_out: mean relative velocity error on the held-out states.
-        codes_flipped: share of the codes that differ from the start.
-        seconds: of training so far, evaluations included, interruptions left out.
-    """
-
-    step: int
-    phase: str
-    loss: float | None
-    held_out: float
-    codes_flipped: float
-    seconds: float
 
 
 class EndToEnd:
@@ -135,12 +74,12 @@ class EndToEnd:
         self.student.enable_gradient_checkpointing()
         self.teacher = teacher.eval().requires_grad_(False)
         if mesh:
-            _shard(self.teacher, mesh, set())
+            shard(self.teacher, mesh, set())
             rest = {p for name, p in self.student.named_parameters() if not name.endswith(".latent")}
-            _shard(self.student, mesh, rest)
+            shard(self.student, mesh, rest)
         self.blocks = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(teacher, kind)))]
-        chosen = _spread_names(self.blocks, settings.features)
-        self._theirs, self._mine = _Outputs(self.teacher, chosen), _Outputs(self.student, chosen)
+        chosen = spread_names(self.blocks, settings.features)
+        self._theirs, self._mine = BlockOutputs(self.teacher, chosen), BlockOutputs(self.student, chosen)
 
         named = dict(self.student.named_parameters())
         self.latents = {name: p for name, p in named.items() if name.endswith(".latent")}
@@ -235,10 +174,10 @@ class EndToEnd:
             target_BLC = self._teach(inputs)
         with self._mine.kept():
             velocity_BLC = self._predict(inputs)
-        loss = _errors(velocity_BLC, target_BLC).mean()
+        loss = state_errors(velocity_BLC, target_BLC).mean()
         if self._mine.outputs:
             pairs = list(zip(self._mine.outputs, self._theirs.outputs, strict=True))
-            loss = loss + settings.feature_weight * sum(_errors(*pair).mean() for pair in pairs) / len(pairs)
+            loss = loss + settings.feature_weight * sum(state_errors(*pair).mean() for pair in pairs) / len(pairs)
         self._theirs.drop()
         self._mine.drop()
         self.gradients.zero()
@@ -258,7 +197,7 @@ class EndToEnd:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """Mean relative velocity error on the held-out states, as the student is in this phase."""
-        errors = [_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
+        errors = [state_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
         return torch.cat(errors).mean().item()
 
     @torch.no_grad()
@@ -341,10 +280,10 @@ class EndToEnd:
     @torch.no_grad()
     def _save_best(self) -> None:
         """The student as a ternary transformer's tensors, in float32."""
-        tensors = {name: _whole(p).cpu() for name, p in self.others.items() if not name.endswith(".log_scale")}
+        tensors = {name: whole_of(p).cpu() for name, p in self.others.items() if not name.endswith(".log_scale")}
         for name, latent in self.latents.items():
             layer = name.removesuffix(".latent")
-            packed_NJ = pack_planes(codes_of(_whole(latent)).to(torch.int8)).cpu()
+            packed_NJ = pack_planes(codes_of(whole_of(latent)).to(torch.int8)).cpu()
             if self.rank == 0:
                 tensors[f"{layer}.packed"] = packed_NJ
                 tensors[f"{layer}.scale"] = self.others[f"{layer}.log_scale"].exp().cpu()
@@ -376,8 +315,8 @@ class EndToEnd:
         for block in self.blocks:
             part = {}
             for name in (name for name in self.latents if name.startswith(f"{block}.")):
-                part[name] = _whole(self.latents[name].detach()).cpu()
-                part[f"{name}.row"] = _whole_rows(self.factored.rows[name], self.latents[name]).cpu()
+                part[name] = whole_of(self.latents[name].detach()).cpu()
+                part[f"{name}.row"] = whole_rows(self.factored.rows[name], self.latents[name]).cpu()
                 part[f"{name}.column"] = self.factored.columns[name].cpu()
             yield block, part
         rest = {name: p.detach().cpu() for name, p in self.others.items()}
@@ -434,31 +373,6 @@ def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
     return transformer.eval().requires_grad_(False)
 
 
-class _Outputs:
-    """What some blocks give while `kept` is open: image and text tokens, one after the other."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.outputs: list[Tensor] = []
-        self._open = False
-        for name in names:
-            model.get_submodule(name).register_forward_hook(self._keep)
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        self._open = True  # blocks that are computed again in the backward pass do not count
-        try:
-            yield
-        finally:
-            self._open = False
-
-    def drop(self) -> None:
-        self.outputs.clear()
-
-    def _keep(self, _module: nn.Module, _arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
-        if self._open:
-            self.outputs.extend(output)
-
-
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """The same bits in every run where the libraries can: flash attention's backward pass adds up in any order."""
@@ -472,36 +386,3 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
-
-
-def _spread_names(blocks: Sequence[str], count: int) -> list[str]:
-    """`count` of the blocks, evenly, without the last, whose output the velocity shows."""
-    count = min(count, len(blocks) - 1)
-    return [blocks[(index + 1) * len(blocks) // (count + 1) - 1] for index in range(count)]
-
-
-def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Squared error over the target's mean square, [B]: each state counts alike, whoever shares its batch."""
-    theirs = theirs.detach().float().flatten(1)
-    return (mine.float().flatten(1) - theirs).square().mean(1) / theirs.square().mean(1).clamp(min=1e-8)
-
-
-def _shard(model: FluxTransformer2DModel, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Leaves this rank's rows of every weight but those of `whole`; a block's are gathered while it is computed."""
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for kind in BLOCKS:
-        for block in getattr(model, kind):
-            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole_rows(row_N: Tensor, latent: Tensor) -> Tensor:
-    """The row moments of all ranks."""
-    if not isinstance(latent, DTensor):
-        return row_N
-    whole = torch.Size([latent.shape[0]])
-    return DTensor.from_local(row_N, latent.device_mesh, [Shard(0)], shape=whole, stride=(1,)).full_tensor()

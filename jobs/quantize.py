@@ -21,7 +21,7 @@ from jobs import _ray
 from jobs._cli import COMPLETE, Parser, exit_code_of, positive
 
 if TYPE_CHECKING:
-    from bitflux_core.distill_training import EndToEndSettings
+    from bitflux_core.distill_recipe import EndToEndSettings
     from bitflux_core.quantizer.end_to_end import EndToEndTask
     from bitflux_core.quantizer.snr import Snr
 
@@ -130,7 +130,7 @@ def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str
 
 def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSettings | None, tuple[str, ...]]":
     """How to train end to end, and on which prompts. UserError for options that contradict each other."""
-    from bitflux_core.distill_training import EndToEndSettings
+    from bitflux_core.distill_recipe import EndToEndSettings
 
     if not args.distill_steps:
         return None, ()

@@ -18,7 +18,8 @@ from bitflux_core.benchmark.steps import synchronize
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import Conditions
 from bitflux_core.distill_memory import check_memory, memory_plan
-from bitflux_core.distill_training import RECIPE, EndToEnd
+from bitflux_core.distill_recipe import RECIPE
+from bitflux_core.distill_training import EndToEnd
 from bitflux_core.samples import PIXELS_PER_TOKEN
 
 WARM_UP, STEPS = 2, 5
@@ -38,7 +39,7 @@ class DistillRow:
         step_s, int8_step_s: median seconds of a step in either phase.
         held_out_s: of teacher and student on one held-out state.
         save_s: of writing a checkpoint to --output.
-        recipe_steps: of the recipe in distill_training.py.
+        recipe_steps: of the recipe in distill_recipe.py.
         recipe_hours: what its steps, evaluations and checkpoints take by these figures.
         error: what went wrong, a line.
     """

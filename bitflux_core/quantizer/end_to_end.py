@@ -21,7 +21,8 @@ from bitflux_core.checkpoint import empty_transformer, load_ternary, save_ternar
 from bitflux_core.distill import Conditions
 from bitflux_core.distill_checkpoint import load_tensors, save_tensors
 from bitflux_core.distill_memory import check_memory, memory_plan
-from bitflux_core.distill_training import EndToEnd, EndToEndSettings, Record, finished, load_result
+from bitflux_core.distill_recipe import EndToEndSettings, Record
+from bitflux_core.distill_training import EndToEnd, finished, load_result
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding

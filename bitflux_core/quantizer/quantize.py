@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 
 from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, save_ternary
 from bitflux_core.distill import Conditions, sampler_sigmas
-from bitflux_core.distill_training import EndToEndSettings, Record
+from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.errors import UserError
 from bitflux_core.generate import TextEncoder
 from bitflux_core.layers import empty_ternary_linears

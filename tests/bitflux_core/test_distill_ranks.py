@@ -1,19 +1,20 @@
 """Training on two ranks with shared weights: what one rank alone learns from the same images, and resumed by one."""
 
+import copy
 import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import build_tiny_transformer
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions
-from bitflux_core.distill_training import EndToEnd, EndToEndSettings
+from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_training import EndToEnd
 
 CPU = torch.device("cpu")
 SIDE, TEXT, PROMPTS = 2, 4, 24
@@ -22,12 +23,21 @@ SIDE, TEXT, PROMPTS = 2, 4, 24
 def training(folder, mesh=None, **changes) -> EndToEnd:
     """The same on every rank."""
     torch.manual_seed(1)
-    teacher = build_tiny_transformer()
+    teacher = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
     for parameter in teacher.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    start = build_tiny_transformer()
-    start.load_state_dict(teacher.state_dict())
+    start = copy.deepcopy(teacher)
     quantize_transformer(start)
     config = teacher.config
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")

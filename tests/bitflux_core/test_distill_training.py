@@ -11,7 +11,8 @@ from torch import nn
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear
 from bitflux_core.distill_checkpoint import latest_checkpoint
-from bitflux_core.distill_training import RESULT, EndToEnd, EndToEndSettings, finished, load_result
+from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_result
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear

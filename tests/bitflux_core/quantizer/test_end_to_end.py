@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from bitflux_core.checkpoint import load_ternary
-from bitflux_core.distill_training import EndToEnd, EndToEndSettings
+from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
