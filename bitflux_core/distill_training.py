@@ -65,7 +65,7 @@ class EndToEnd:
         mesh: DeviceMesh | None = None,
     ):
         """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
-        self.settings, self.device, self.folder, self.mesh = settings, device, folder, mesh
+        self.settings, self.device, self.folder = settings, device, folder
         self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         if settings.batch % self.ranks:
             raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")

@@ -1,5 +1,6 @@
 """End-to-end training of a ternary student at full size, with random weights: memory, seconds a step, hours in all."""
 
+import math
 import statistics
 import tempfile
 import time
@@ -93,8 +94,8 @@ def _measure(
     step_s = _seconds(training.train_step, device)
     training.step = training.native_steps
     int8_step_s = _seconds(training.train_step, device)
-    if not training._losses.isfinite():
-        raise FloatingPointError("the loss is not finite")
+    if not math.isfinite(training.held_out_error()):
+        raise FloatingPointError("the student's velocity is not finite")
     figures = {
         "step_s": step_s,
         "int8_step_s": int8_step_s,

@@ -1,5 +1,6 @@
 """From a full-precision FLUX pipeline to a ternary checkpoint, block by block, resumable; no image is used."""
 
+import gc
 import hashlib
 import json
 import os
@@ -120,6 +121,8 @@ def quantize(
         del source, calibration  # their part of the GPU
         if not task.prepared:
             task.prepare(transformer, encode(pipeline_dir, prompts.distinct, settings.sampling, device))
+        gc.collect()
+        torch.cuda.empty_cache()  # ranks are processes of their own, and want this GPU too
         (run_on_gpus or _run_on(device))(task)
         transformer, records = task.result()
     made = work.directory / "checkpoint"
