@@ -27,9 +27,9 @@ class EndToEndSettings:
     batch: int
     sampler_steps: int
     guidance: float
-    latent_lr: float = 2e-3
-    scale_lr: float = 5e-4
-    other_lr: float = 1e-4
+    latent_lr: float = 5e-3
+    scale_lr: float = 1e-3
+    other_lr: float = 5e-4
     features: int = 4
     feature_weight: float = 0.1
     own_states: float = 0.5

@@ -86,6 +86,16 @@ def test_the_result_draws_what_the_student_drew_at_its_best(train, tmp_path, tea
     assert not torch.allclose(velocity, run._predict(inputs), rtol=1e-4, atol=1e-4)  # it went on
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_bfloat16_arithmetic_as_on_a_gpu_learns_too(train, monkeypatch):
+    run = train("a", steps=60, int8_steps=20, interval=20, batch=8, slots=8, latent_lr=1e-2, other_lr=1e-3)
+    run.teacher.bfloat16()
+    monkeypatch.setattr(run, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+    records = run.run()
+    assert [record.step for record in records] == [0, 20, 40, 40, 60]
+    assert records[-1].held_out < 0.9 * records[0].held_out
+
+
 def test_latents_are_bfloat16_and_their_gradients_never_stay(train):
     run = train("a")
     assert {p.dtype for p in run.latents.values()} == {torch.bfloat16}
