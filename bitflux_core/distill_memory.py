@@ -46,9 +46,13 @@ class MemoryPlan:
     reserve: int = RESERVE
 
     @property
+    def step(self) -> int:
+        """The peak of a step."""
+        return sum(asdict(self).values()) - self.building
+
+    @property
     def total(self) -> int:
-        parts = asdict(self)
-        return max(parts.pop("building"), sum(parts.values()))
+        return max(self.building, self.step)
 
 
 def memory_plan(

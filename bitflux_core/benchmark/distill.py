@@ -34,7 +34,7 @@ class DistillRow:
 
     Attributes:
         gpus, batch, resolution: GPUs, images a step on all of them together, pixels a side.
-        planned_gb: distill_memory.py's estimate of peak_gb, a GPU.
+        planned_gb: distill_memory.py's estimate of peak_gb.
         resident_gb: allocated between steps, on the first GPU.
         peak_gb: most that was allocated there in a step (CUDA only).
         step_s, int8_step_s: median seconds of a step in either phase.
@@ -77,7 +77,7 @@ def measure_training(
         dtype=DTYPE,
     )
     check_memory(plan, device)
-    row = replace(row, planned_gb=plan.total / GB)
+    row = replace(row, planned_gb=plan.step / GB)
     with tempfile.TemporaryDirectory(prefix="distill-", dir=folder) as made:
         if mesh:
             return replace(row, **_measure(row, sizes, device, Path(made), mesh))

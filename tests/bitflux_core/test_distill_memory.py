@@ -40,6 +40,8 @@ def test_several_gpus_share_teacher_and_latents(flux_dev):
     assert four.others == one.others
     assert four.total == four.building < one.total  # each rank makes the models whole, then keeps its part
     assert four.building > one.teacher + one.latents
+    assert four.step < 0.5 * one.step
+    assert one.total == one.step
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
