@@ -20,6 +20,7 @@ from cluster.store import ResultStore
 from evaluators.modes import MODES
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
+from jobs._fidelity_report import fidelity_document, fidelity_of, print_fidelity
 from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
 from jobs._model_report import check_models
 from jobs._plan_cost import measured_seconds, plan_costs
@@ -29,6 +30,7 @@ from jobs._report import counts, document, print_report, scores_of
 from jobs._verdict import Verdict
 
 if TYPE_CHECKING:
+    from cluster.model_files import ModelFiles
     from cluster.run import RunSummary
 
 
@@ -84,8 +86,10 @@ def _evaluate(args: Namespace) -> int:
                 )  # a stopped job may be killed before the scores
             scores = scores_of(plan, store)
         print_report(console, plan, store, summary, scores)
+        fidelity = fidelity_of(plan, store) if summary.complete else []
+        print_fidelity(console, fidelity)
         exit_code = COMPLETE if summary.complete else INCOMPLETE
-        answer = verdict.end(exit_code, summary.reason, document(summary, scores))
+        answer = verdict.end(exit_code, summary.reason, document(summary, scores) | fidelity_document(fidelity))
         if args.json:
             print(json.dumps(answer, indent=2))
         return exit_code
@@ -121,7 +125,19 @@ def _draw(args: Namespace, profile: Profile, plan: Plan, verdict: Verdict) -> tu
         with ProgressReport(console_on(sys.stderr)) as progress:
             observer = None if complete else RayMetrics(store.run_id)
             summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress, observer=observer)
+        if summary.complete:
+            _compare_images(plan, profile, models, store, connected=not complete)
     return plan, store, summary
+
+
+def _compare_images(plan: Plan, profile: Profile, models: "ModelFiles", store: ResultStore, connected: bool) -> None:
+    """Compares the images that have not been compared with their full-precision twins."""
+    from cluster.fidelity import measure_fidelity, unmeasured
+
+    if missing := unmeasured(plan, store):
+        clip = models.scoring.get("clip") or models.scoring.get("clip_score")
+        with contextlib.nullcontext() if connected else _ray.connected():
+            measure_fidelity(plan, missing, profile, Path(clip) if clip else None, store)
 
 
 def _asked(args: Namespace) -> str:
