@@ -19,6 +19,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.convert import replace_linear
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
@@ -26,7 +27,7 @@ from bitflux_core.linear import TernaryLinear
 from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 from kernels.packing import unpack_planes
-from kernels.reference import INT8_MAX
+from kernels.reference import quantized_values
 
 ENCODE_BATCH = 512
 MARGIN = 0.3  # from a code to the latents that start at it: nearer the edges, the first steps would flip most of them
@@ -76,10 +77,18 @@ def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens:
 
 
 class LatentTernaryLinear(nn.Module):
-    """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through."""
+    """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through.
+
+    The ternary weight exists while the layer is used, in the dtype of the product; only the latents are kept, in
+    `dtype`, in units of their row's scale.
+    """
 
     def __init__(
-        self, linear: nn.Linear | TernaryLinear, start: TernaryWeight | None = None, int8_activations: bool = False
+        self,
+        linear: nn.Linear | TernaryLinear,
+        start: TernaryWeight | None = None,
+        int8_activations: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
         """Starts at the linear's own bias and at `start`, or least squares."""
         super().__init__()
@@ -93,48 +102,86 @@ class LatentTernaryLinear(nn.Module):
             codes_NK = start.codes_NK.float()
             inner_NK = latent_NK.clamp(codes_NK - MARGIN, codes_NK + MARGIN)
             latent_NK = torch.where((latent_NK - codes_NK) * codes_NK > 0, latent_NK, inner_NK)
-        self.latent = nn.Parameter(latent_NK)
+        self.latent = nn.Parameter(latent_NK.to(dtype))
         self.log_scale = nn.Parameter(scale_N.log())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float())
 
     def codes(self) -> Tensor:
-        """[N, K] in {-1, 0, +1}, as floats."""
-        return self.latent.round().clamp(-1, 1)
+        """[N, K] in {-1, 0, +1}, in the latents' dtype."""
+        return codes_of(self.latent)
 
     def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.int8_activations:
-            x = x + (_rounded_to_int8(x) - x).detach()
-        codes_NK = self.latent + (self.codes() - self.latent).detach()
-        return F.linear(x, codes_NK * self.log_scale.exp()[:, None], self.bias)
+            x = _RoundedToInt8.apply(x)
+        return F.linear(x, _StraightThroughWeight.apply(self.latent, self.log_scale, dtype), self.bias)
 
     def ternary(self) -> TernaryWeight:
         return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu())
 
 
-def _rounded_to_int8(x: Tensor) -> Tensor:
-    """Every token's values on the 255 levels between plus and minus its largest magnitude."""
-    step = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-30) / INT8_MAX
-    return (x / step).round() * step
+def codes_of(latent_NK: Tensor) -> Tensor:
+    """The codes that latents round to, in their dtype; -0.5 and 0.5 become 0."""
+    return latent_NK.round().clamp_(-1, 1)
+
+
+class _StraightThroughWeight(torch.autograd.Function):
+    """Latents and log scales to the ternary weight. Backward keeps nothing but them: no second copy of the weight."""
+
+    @staticmethod
+    def forward(ctx, latent_NK: Tensor, log_scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(latent_NK, log_scale_N)
+        return codes_of(latent_NK).to(dtype) * log_scale_N.exp().to(dtype)[:, None]
+
+    @staticmethod
+    def backward(ctx, grad_NK: Tensor) -> tuple[Tensor, Tensor, None]:
+        latent_NK, log_scale_N = ctx.saved_tensors
+        scale_N = log_scale_N.exp()
+        codes_NK = codes_of(latent_NK).to(grad_NK.dtype)
+        grad_log_scale_N = (grad_NK * codes_NK).sum(dim=1, dtype=scale_N.dtype) * scale_N
+        grad_latent_NK = grad_NK * scale_N.to(grad_NK.dtype)[:, None]
+        return grad_latent_NK.to(latent_NK.dtype), grad_log_scale_N, None
+
+
+class _RoundedToInt8(torch.autograd.Function):
+    """Each token's values as `ternary-int8` rounds them; the gradient passes as if they had not been."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        values_MK, scale_M = quantized_values(x.flatten(0, -2))
+        return (values_MK * scale_M[:, None]).to(x.dtype).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 def make_student(
-    teacher: FluxTransformer2DModel, start: FluxTransformer2DModel | None = None, int8_activations: bool = False
+    teacher: FluxTransformer2DModel,
+    start: FluxTransformer2DModel | None = None,
+    int8_activations: bool = False,
+    latent_dtype: torch.dtype = torch.float32,
 ) -> FluxTransformer2DModel:
-    """A float32 copy of the teacher whose block linears are latent ternary, started at least squares.
+    """The teacher's twin, on its device, whose block linears are latent ternary, started at least squares.
 
-    With `start`, a ternary transformer of the same sizes, at its codes, scales, biases and all else that it has.
+    Latents are in `latent_dtype`, all else in float32. With `start`, a ternary transformer of the same sizes, it
+    starts at those codes, scales, biases and all else that `start` has. Beside the result no more than one layer is
+    held.
     """
-    student = copy.deepcopy(teacher).float()
-    if start is not None:
-        student.load_state_dict(start.state_dict(), strict=False)  # its codes and scales are taken below
-    for name, linear in block_linears(student).items():
+    student, device = empty_transformer(dict(teacher.config)), teacher.device
+    for name, linear in block_linears(teacher).items():
         weight = None
         if start is not None:
             layer = start.get_submodule(name)
             assert isinstance(layer, TernaryLinear)
-            codes_NK = unpack_planes(layer.packed, layer.in_features)
-            weight = TernaryWeight(codes_NK.to(student.device), layer.scale.to(student.device))
-        student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations))
+            codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
+            weight = TernaryWeight(codes_NK, layer.scale.to(device))
+        student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations, latent_dtype))
+    source = (start or teacher).state_dict()
+    names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
+    rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}
+    student.load_state_dict(rest, strict=False, assign=True)
     return student.train().requires_grad_(True)
 
 

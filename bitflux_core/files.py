@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bitflux_core.errors import UserError
 
-# Configurations, tokenizers and weights: all that decides what a model computes.
-MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+# Configurations, tokenizers and weights: all that decides what a model computes. mmdet's are .pth and .py files.
+MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".pth", ".py")
 
 
 def read_json(path: Path, remedy: str) -> dict:

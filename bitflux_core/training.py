@@ -56,7 +56,8 @@ class FlatGradients:
 
     def average_over_ranks(self, world: int) -> None:
         if world > 1:
-            dist.all_reduce(self.flat, op=dist.ReduceOp.AVG)
+            dist.all_reduce(self.flat)  # gloo has no mean
+            self.flat.div_(world)
 
     def clip(self, maximum: float) -> None:
         """Scales the gradients down to the norm `maximum`, without a host synchronisation."""

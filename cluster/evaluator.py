@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cluster.device import claim_device
+from cluster.detector_records import check_detector
+from cluster.device import claim_device, device_name
 from cluster.faults import poisoned_process_ends
 from cluster.plan import ShardKey
 from cluster.rows import ScoredImage
@@ -33,20 +34,28 @@ class ImageToScore:
 class EvaluatorActor:
     """Holds the evaluator of each benchmark of a run."""
 
-    def __init__(self, evaluators: Mapping[str, str], models: Mapping[str, Path], store: ResultStore) -> None:
-        """`evaluators` maps benchmarks to names in the evaluators' registry; `models` are those names' folders."""
+    def __init__(self, evaluators: Mapping[str, str], models: Mapping[str, Path | str], store: ResultStore) -> None:
+        """`evaluators` maps benchmarks to names in the evaluators' registry; `models` are what those need, by role."""
         self._names = dict(evaluators)
         self._models = dict(models)
         self._store = store
         self._evaluators: dict[str, Evaluator] = {}
 
     def start(self) -> None:
-        """Loads the models, unless they are there. Raises UserError for files that cannot be loaded."""
+        """Loads the models, unless they are there, and lets their detectors test themselves.
+
+        Raises UserError for files that cannot be loaded and for a detector that sees otherwise than it once did, and
+        StorageError.
+        """
+        from evaluators.detector_check import SelfTesting
         from evaluators.registry import build_evaluator
 
         if not self._evaluators:
             device = claim_device()
             built = {name: build_evaluator(name, self._models, device) for name in sorted(set(self._names.values()))}
+            for evaluator in built.values():
+                if isinstance(evaluator, SelfTesting):
+                    check_detector(self._store.uri, evaluator.self_test(device_name(device)))
             self._evaluators = {benchmark: built[name] for benchmark, name in self._names.items()}
 
     def score(

@@ -17,7 +17,7 @@ import fsspec
 
 from bitflux_core.errors import UserError
 from cluster.failing_storage import describe
-from cluster.image_layouts import CompBenchLayout, GenEvalLayout, folder_name
+from cluster.image_layouts import ATTRIBUTES, GENEVAL_RESULTS, CompBenchLayout, GenEvalLayout, compbench_results
 from cluster.rescoring import drawn_benchmark
 from cluster.store import ResultStore
 from cluster.workload import PromptRecord, Workload
@@ -26,17 +26,6 @@ from cluster.write_once import publish
 WRITERS = 8
 COLUMNS = ["variant", "benchmark", "tag", "prompt", "prompt_index", "image_index"]
 COLUMNS += ["score", "correct", "reason", "detections", "image_path", "error"]
-
-# Where upstream's evaluators put each category's results.
-ANNOTATIONS = {
-    **dict.fromkeys(("color", "shape", "texture"), "annotation_blip"),
-    "spatial": "labels/annotation_obj_detection_2d",
-    "3d_spatial": "labels/annotation_obj_detection_3d",
-    "numeracy": "annotation_num",
-    "non_spatial": "annotation_clip",
-    "complex": "annotation_3_in_1",
-}
-OTHER_ANNOTATION = "annotation"
 
 Row = Mapping[str, Any]
 
@@ -108,7 +97,7 @@ def _geneval(rows: list[Row], prompts: Sequence[PromptRecord], images_per_prompt
             names[row["image_path"]] = name
         if row["correct"] is not None:
             lines.append(json.dumps(_result(row, prompt, name)) + "\n")
-    others["results.jsonl"] = "".join(lines).encode()
+    others[GENEVAL_RESULTS] = "".join(lines).encode()
     return Export(len(rows), names, others, len(lines))
 
 
@@ -138,18 +127,14 @@ def _compbench(rows: list[Row], prompts: Sequence[PromptRecord], images_per_prom
             names[row["image_path"]] = name
         if row["score"] is not None:
             number = layout.number(prompt, row["image_index"])
-            answers[row["tag"]].append({"question_id": number, "answer": _answer(row)})
-    others = {f"{_annotation(tag)}/vqa_result.json": json.dumps(part).encode() for tag, part in answers.items()}
+            answers[compbench_results(name)].append({"question_id": number, "answer": _answer(row)})
+    others = {name: json.dumps(part).encode() for name, part in answers.items()}
     return Export(len(rows), names, others, sum(map(len, answers.values())))
 
 
 def _answer(row: Row) -> str | float:
     """BLIP-VQA's results are text with four decimals upstream, all others numbers."""
-    return f"{row['score']:.4f}" if _annotation(row["tag"]).endswith("_blip") else row["score"]
-
-
-def _annotation(tag: str) -> str:
-    return f"{folder_name(tag)}/{ANNOTATIONS.get(tag, OTHER_ANNOTATION)}"
+    return f"{row['score']:.4f}" if row["tag"] in ATTRIBUTES else row["score"]
 
 
 _LAYOUTS = {"geneval": _geneval, "t2i-compbench": _compbench}

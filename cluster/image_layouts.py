@@ -18,6 +18,19 @@ from cluster.workload import PromptRecord
 
 LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 
+GENEVAL_RESULTS = "results.jsonl"
+ATTRIBUTES = ("color", "shape", "texture")
+# Where upstream's evaluators put each category's results.
+ANNOTATIONS = {
+    **dict.fromkeys(ATTRIBUTES, "annotation_blip"),
+    "spatial": "labels/annotation_obj_detection_2d",
+    "3d_spatial": "labels/annotation_obj_detection_3d",
+    "numeracy": "annotation_num",
+    "non_spatial": "annotation_clip",
+    "complex": "annotation_3_in_1",
+}
+OTHER_ANNOTATION = "annotation"  # of a category that is not upstream's
+
 Place = tuple[int, int]  # index of the prompt in its benchmark, of the image among the prompt's
 
 
@@ -107,6 +120,12 @@ class CompBenchLayout:
                 return [((by_rank[number // count], number % count), name) for number, name in numbered]
         share = -(-len(numbered) // len(indices))
         return [((indices[i // share], i % share), name) for i, (_, name) in enumerate(numbered)]
+
+
+def compbench_results(image_name: str) -> str:
+    """The result file that holds an image's score."""
+    tag = image_name.split("/")[0]
+    return f"{tag}/{ANNOTATIONS.get(tag, OTHER_ANNOTATION)}/vqa_result.json"
 
 
 def folder_name(tag: str) -> str:

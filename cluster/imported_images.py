@@ -60,23 +60,28 @@ class ImageFolder:
         return {path[len(self.root) + 1 :]: about["size"] for path, about in sorted(files.items())}
 
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises FileNotFoundError and StorageError."""
+        """A file's bytes. Raises FileNotFoundError, of a local file PermissionError and IsADirectoryError as well, and
+        StorageError."""
         fs: AbstractFileSystem = self._fs
         try:
             return patiently(lambda: fs.cat_file(f"{self.root}/{name}"))
         except FileNotFoundError:
             raise
         except OSError as error:
+            # Of a remote storage they are no single file's fault.
+            if self.local and isinstance(error, PermissionError | IsADirectoryError):
+                raise
             raise StorageError(f"{self.uri}/{name}: cannot be read ({describe(error)})") from error
 
 
 @dataclass(frozen=True)
 class ImportedImages:
-    """A plan's images in a folder: each one's file by its noise seed, or why there is none. `left_over` counts image
-    files that the plan does not ask for."""
+    """A plan's images in a folder: each one's file by its noise seed, or why there is none; and the layout's files by
+    prompt and image. `left_over` counts image files that the plan does not ask for."""
 
     folder: ImageFolder
     files: dict[int, str | NoImage]
+    found: dict[Place, str]
     left_over: int
 
     @property
@@ -110,6 +115,8 @@ class ImportedReplica:
             return decode_image(self._images.folder.read(name), name)
         except FileNotFoundError:
             return NoImage(f"{name}: no such file")
+        except OSError as error:
+            return NoImage(f"{name}: cannot be read ({describe(error)})")
 
 
 def import_plan(
@@ -142,7 +149,7 @@ def find_images(folder: ImageFolder, layout: ImageLayout, plan: Plan) -> Importe
             "layout; correct the folder, --layout or --benchmark"
         )
     n_images = sum(name.endswith(".png") for name in folder.sizes)
-    return ImportedImages(folder, files, n_images - n_found)
+    return ImportedImages(folder, files, found, n_images - n_found)
 
 
 def check_seen(folder: ImageFolder, nodes: Sequence[str]) -> None:

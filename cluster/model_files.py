@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -14,54 +15,93 @@ from bitflux_core.variants import model_fingerprint
 from cluster.manifests import REPOSITORY
 from cluster.profile import Profile
 
-# The file by which each kind of model folder is recognised.
+if TYPE_CHECKING:
+    from evaluators.base import Language
+
+# The file by which each kind of model folder is recognised; mmdet's detectors are pickled checkpoints.
 MARKERS = {
-    "pipeline": "model_index.json",
-    "ternary": "config.json",
-    "detector": "config.json",
-    "clip": "open_clip_config.json",
+    "pipeline": ("model_index.json",),
+    "ternary": ("config.json",),
+    "detector": ("config.json", "*.pth"),
+    "clip": ("open_clip_config.json",),
+    "vqa": ("config.json",),
+    "named_detector": ("config.json",),
+    "depth": ("config.json",),
+    "clip_score": ("open_clip_config.json",),
 }
+LANGUAGE = "language"  # a role that is no folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Folders of the models, all present. `ternary` is None where no ternary variant runs."""
+    """Folders of the models, all present. `ternary` is None where no ternary variant runs.
+
+    `scoring` maps the roles that the run's evaluators need to folders, and `language` to the tool's name.
+    """
 
     pipeline: Path
     ternary: Path | None
-    detector: Path
-    clip: Path
+    scoring: dict[str, Path | str]
 
 
-def locate_models(profile: Profile, variants: Iterable[str]) -> ModelFiles:
-    """The folders of every model that `variants` need. UserError names all missing ones and how to get each."""
-    roles = ["pipeline", "detector", "clip"]
-    if any(variant != "bf16" for variant in variants):
-        roles.insert(1, "ternary")
-    found = locate(profile, roles)
-    return ModelFiles(found["pipeline"], found.get("ternary"), found["detector"], found["clip"])
+@dataclass(frozen=True)
+class Need:
+    """A model that a run needs: its role, what the profile calls it, where it was found, and else how to get it."""
+
+    role: str
+    name: str
+    folder: Path | None
+    remedy: str
+
+
+def needed_roles(evaluators: Iterable[str], variants: Iterable[str]) -> list[str]:
+    """The roles of all models that draw `variants` and that these evaluators score with, drawing first."""
+    from evaluators.registry import roles_of
+
+    drawing = ["pipeline", *(["ternary"] if any(variant != "bf16" for variant in variants) else [])]
+    scoring = [role for evaluator in evaluators for role in roles_of(evaluator)]
+    return list(dict.fromkeys([*drawing, *scoring]))
+
+
+def locate_models(profile: Profile, variants: Iterable[str], evaluators: Iterable[str]) -> ModelFiles:
+    """The folders of every model that is needed. UserError names all missing ones and how to get each."""
+    roles = needed_roles(evaluators, variants)
+    found = locate(profile, [role for role in roles if role != LANGUAGE])
+    scoring: dict[str, Path | str] = {
+        role: folder for role, folder in found.items() if role not in ("pipeline", "ternary")
+    }
+    if LANGUAGE in roles:
+        scoring[LANGUAGE] = _language(profile).name
+    return ModelFiles(found["pipeline"], found.get("ternary"), scoring)
 
 
 def locate(profile: Profile, roles: Iterable[str]) -> dict[str, Path]:
     """The folders of these models of a profile, by role. UserError names all missing ones and how to get each."""
-    declared = {role: getattr(profile.models, role) for role in roles}
-    if None in declared.values():
-        raise UserError(
-            f"profile {profile.name}: models.ternary is needed for a ternary variant; add it to the profile"
-        )
-    found = {role: _find(name, MARKERS[role]) for role, name in declared.items()}
-    missing = [
-        f"{role} {declared[role]} ({_remedy(role, profile)})" for role, folder in found.items() if folder is None
-    ]
+    needs = survey(profile, roles)
+    missing = [f"{need.role} {need.name} ({need.remedy})" for need in needs if need.folder is None]
     if missing:
         raise UserError(f"profile {profile.name}: models not found: {'; '.join(missing)}")
-    return {role: folder for role, folder in found.items() if folder is not None}
+    return {need.role: need.folder for need in needs if need.folder is not None}
+
+
+def survey(profile: Profile, roles: Iterable[str]) -> list[Need]:
+    """Each of these models of a profile, found or not. UserError for one that the profile does not name."""
+    declared = {role: getattr(profile.models, role) for role in roles}
+    unnamed = [f"models.{role}" for role, name in declared.items() if name is None]
+    if unnamed:
+        raise UserError(f"profile {profile.name}: {', '.join(unnamed)} is needed for this run; add it to the profile")
+    return [Need(role, name, _find(name, MARKERS[role]), _remedy(role, profile)) for role, name in declared.items()]
 
 
 def fingerprints(files: ModelFiles, variants: Iterable[str]) -> dict[str, str]:
     """What the results depend on: all that draws each variant, and the models that score every one of them."""
-    scoring = {role: fingerprint(getattr(files, role)) for role in ("detector", "clip")}
+    from evaluators.language import language
+
+    scoring = {
+        role: language(str(model)).fingerprint if role == LANGUAGE else fingerprint(model)
+        for role, model in files.scoring.items()
+    }
     drawing = {
         variant: model_fingerprint(variant, pipeline_dir=files.pipeline, ternary_dir=files.ternary)
         for variant in variants
@@ -69,15 +109,22 @@ def fingerprints(files: ModelFiles, variants: Iterable[str]) -> dict[str, str]:
     return {**scoring, **drawing}
 
 
-def _find(name: str, marker: str) -> Path | None:
-    """The folder called `name` that holds `marker`: a path, or a snapshot in the local Hugging Face cache."""
+def _language(profile: Profile) -> "Language":
+    """The tool that the profile names, resolved here so that all machines of a run take the same one."""
+    from evaluators.language import language
+
+    return language(profile.models.language)
+
+
+def _find(name: str, markers: Iterable[str]) -> Path | None:
+    """The folder called `name` that holds one of `markers`: a path, or a snapshot in the local Hugging Face cache."""
     folder = REPOSITORY / Path(name).expanduser()
     if not folder.is_dir() and HUB_ID.fullmatch(name):
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
             return None
-    return folder if (folder / marker).is_file() else None
+    return folder if any(any(folder.glob(marker)) for marker in markers) else None
 
 
 def _remedy(role: str, profile: Profile) -> str:
@@ -86,4 +133,4 @@ def _remedy(role: str, profile: Profile) -> str:
     name = getattr(profile.models, role)
     if HUB_ID.fullmatch(name):
         return f"get it: hf download {name}; or name a local folder in the profile"
-    return f"no folder of that name holds a {MARKERS[role]}; correct models.{role} in the profile"
+    return f"no folder of that name holds a {' or '.join(MARKERS[role])}; correct models.{role} in the profile"

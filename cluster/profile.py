@@ -21,12 +21,22 @@ class _Declaration(BaseModel):
 
 
 class Models(_Declaration):
-    """Where the weights are: a folder (absolute, or relative to the profile's file or the repository) or a hub id."""
+    """Where the weights are: a folder (absolute, or relative to the profile's file or the repository) or a hub id.
+
+    GenEval is scored by `detector` and `clip`, T2I-CompBench by `vqa`, `named_detector`, `depth` and `clip_score`; what
+    no benchmark of a run needs may be missing. `language` is no model of a folder but the tool that takes prompts
+    apart: spaCy, our rules, or spaCy where it is installed.
+    """
 
     pipeline: str
     ternary: str | None = None
-    detector: str
-    clip: str
+    detector: str | None = None
+    clip: str | None = None
+    vqa: str | None = None
+    named_detector: str | None = None
+    depth: str | None = None
+    clip_score: str | None = None
+    language: Literal["auto", "spacy", "rules"] = "auto"
 
 
 class Resources(_Declaration):
@@ -64,8 +74,8 @@ class Profile(_Declaration):
     """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch,
     `shard_seconds` how long a shard should take at the declared `cost`.
 
-    `calibration` names the prompts to quantize with: `mini-world`, or a workload; without it they are a file of the
-    user's.
+    `mode`: how T2I-CompBench is judged, see evaluators/modes.py. `calibration` names the prompts to quantize with:
+    `mini-world`, or a workload; without it they are a file of the user's.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -75,6 +85,7 @@ class Profile(_Declaration):
     dtype: Literal["float32", "bfloat16", "float16"]
     benchmarks: Names
     variants: Names
+    mode: Literal["official", "compatible", "corrected"] = "compatible"
     limit: PositiveInt | None = None
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     resources: Resources = Resources()
@@ -146,8 +157,12 @@ def _anchored(profile: Profile, folder: Path) -> Profile:
         beside = folder / name
         return str(beside) if beside.exists() or name.startswith(("./", "../")) else name
 
-    models = {role: anchor(name) for role, name in profile.models if name is not None}
+    folders = {role: anchor(name) for role, name in profile.models if name is not None and role != "language"}
     benchmarks = tuple(anchor(name) for name in profile.benchmarks)
     calibration = anchor(profile.calibration) if profile.calibration else None
-    changes = {"models": Models(**models), "benchmarks": benchmarks, "calibration": calibration}
+    changes = {
+        "models": profile.models.model_copy(update=folders),
+        "benchmarks": benchmarks,
+        "calibration": calibration,
+    }
     return profile.model_copy(update=changes)

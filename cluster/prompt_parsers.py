@@ -68,6 +68,18 @@ class _GenEvalLine(BaseModel):
         return prompt
 
 
+class _CategoryLine(BaseModel):
+    category: Annotated[str, Field(min_length=1)]
+    prompt: str
+    objects: list[tuple[str, PositiveInt]] | None = None
+    kind: str | None = None
+
+    @field_validator("category")
+    @classmethod
+    def _not_the_sums(cls, category: str) -> str:
+        return checked_tag(category)
+
+
 def checked_tag(tag: str) -> str:
     """The tag. ValueError for one that the results use themselves."""
     if tag == "overall":
@@ -112,6 +124,19 @@ def parse_compbench(source: Source, companions: Companions) -> Iterator[ParsedPr
                 raise UserError(f"{source.name} line {prompt.line}: no list of the complex kinds holds this prompt")
             more["kind"] = kind
         yield replace(prompt, metadata={**prompt.metadata, **more})
+
+
+def parse_categories(source: Source, _: Companions) -> Iterator[ParsedPrompt]:
+    """T2I-CompBench's metadata: {category, prompt, objects?, kind?} on each line; the categories are the tags."""
+    for line, text in _filled_lines(source):
+        try:
+            metadata = json.loads(text)
+            checked = _CategoryLine.model_validate(metadata)
+        except ValidationError as error:
+            raise UserError(f"{source.name} line {line}: {describe(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{source.name} line {line}: not a JSON object ({error})") from error
+        yield ParsedPrompt(line, checked.category, checked.prompt, metadata)
 
 
 def parse_parti(source: Source, _: Companions) -> Iterator[ParsedPrompt]:
@@ -192,6 +217,7 @@ class Parser:
 PARSERS = {
     "geneval": Parser(parse_geneval),
     "t2i-compbench": Parser(parse_compbench, tagged=True, tags=CATEGORIES, companions=COMPANIONS),
+    "t2i-compbench-jsonl": Parser(parse_categories),
     "lines": Parser(parse_lines, tagged=True),
     "parti": Parser(parse_parti),
 }

@@ -48,13 +48,15 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     return Workers(
         lambda *gpu_type: replica(*gpu_type).remote(files.pipeline, files.ternary, plan.dtype, plan.sampling),
         lambda: text_encoder.remote(files.pipeline, plan.dtype, plan.sampling.max_sequence_length),
-        evaluator_actors(plan, profile, {"detector": files.detector, "clip": files.clip}, store),
+        evaluator_actors(plan, profile, files.scoring, store),
         asked.evaluators,
     )
 
 
-def evaluator_actors(plan: Plan, profile: Profile, models: Mapping[str, Path], store: ResultStore) -> Callable[[], Any]:
-    """How to make an evaluator of the plan's benchmarks over the folders in `models`."""
+def evaluator_actors(
+    plan: Plan, profile: Profile, models: Mapping[str, Path | str], store: ResultStore
+) -> Callable[[], Any]:
+    """How to make an evaluator of the plan's benchmarks; `models` are what it needs, by role."""
     asked = profile.resources
     evaluator = actor_class(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if uses_gpus(asked) else 0)
     evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}

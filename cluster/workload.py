@@ -124,6 +124,12 @@ def load_workloads(names: Sequence[str], data_dir: Path | None = None) -> list[W
     return [load_workload(member, data_dir) for name in names for member in _members(name)]
 
 
+def evaluators_of(names: Sequence[str]) -> list[str]:
+    """The benchmarks' evaluators, in order; needs no prompt files. Raises UserError for a fault in a manifest."""
+    paths = [find_manifest("benchmark", member) for name in names for member in _members(name)]
+    return [read_manifest(path, _Benchmark, defaults={"name": path.stem}).evaluator for path in paths]
+
+
 def load_workload(name_or_path: str, data_dir: Path | None = None) -> Workload:
     """Reads an embedded benchmark by name or a user's own by path; `data_dir` holds upstream's files.
 

@@ -62,6 +62,10 @@ class Detector(Protocol):
         """Each image's detections, best first. Raises ValueError for an image that `image_fault` finds fault with."""
         ...
 
+    def detect_faint(self, image: np.ndarray) -> list[Detection]:
+        """All candidates in one image, best first, those included that `detect` leaves out for their low score."""
+        ...
+
 
 class PromptedDetector(Protocol):
     """Finds the objects that it is asked for by name, or those of its own classes that a name means."""

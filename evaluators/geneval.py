@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.base import ColorClassifier, Detection, Detector, Score, image_fault
+from evaluators.detector_check import DetectorRecord, sanity_image
 from evaluators.inference import fingerprint
 
 PROTOCOL = "geneval official"
@@ -159,6 +160,10 @@ class GenEvalEvaluator:
         self.detector = detector
         self.colors = colors
         self.fingerprint = fingerprint(PROTOCOL, detector.fingerprint, colors.fingerprint)
+
+    def self_test(self, device: str) -> DetectorRecord:
+        """What the detector sees in the sanity image on this device."""
+        return DetectorRecord.of(self.detector.fingerprint, device, self.detector.detect_faint(sanity_image()))
 
     def score(self, images: Sequence[np.ndarray], metadata: Sequence[Mapping[str, Any]]) -> list[Score]:
         """One score for each image; what is not an image, or has metadata that make no sense, gets an error."""

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from bitflux_core.errors import UserError
 
 # Everything that a model is made of; a folder's README or git files leave its fingerprint alone.
-MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin"}
+MODEL_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin", ".pth", ".py"}
 
 
 def model_folder(directory: str | Path, role: str, files: tuple[str, ...]) -> Path:

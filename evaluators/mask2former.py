@@ -1,4 +1,4 @@
-"""Mask2Former as GenEval runs it: transformers' model, the protocol's own pre- and post-processing.
+"""Mask2Former as GenEval runs it: the protocol's own pre- and post-processing, over transformers' network or another.
 
 transformers' post-processing resizes masks to 384x384 and merges overlapping ones; the protocol does neither.
 
@@ -6,6 +6,7 @@ Legend: B images, Q queries, C classes, K candidates, U queries with a candidate
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,8 +75,83 @@ def configured_labels(folder: str | Path) -> tuple[str, ...]:
         raise UserError(f"{file} names no classes of a detector ({error!r}): copy the model again") from error
 
 
-class Mask2FormerDetector:
+class Mask2Former(ABC):
     """Instance segmentation by the protocol. Batches have one fixed size, so no result depends on its neighbours."""
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        preprocessing: Preprocessing,
+        labels: Sequence[str],
+        batch_size: int,
+        min_score: float,
+        fingerprint: str,
+    ) -> None:
+        """`labels` are the network's classes in order; detections that score `min_score` or less are left out."""
+        self.device = torch.device(device)
+        self.preprocessing = preprocessing
+        self.labels = tuple(labels)
+        self.batch_size = batch_size
+        self.min_score = min_score
+        self.fingerprint = fingerprint
+
+    @abstractmethod
+    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, Q, C + 1], "no object" last, and mask logits [B, Q, h, w]."""
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """The network's input for images of one size, float32 [B, 3, H', W']."""
+        return self.preprocessing.pixels(images, self.device)
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
+        """Each image's detections, best first. Raises ValueError for what is not an image."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            if fault := image_fault(image):
+                raise ValueError(f"image {index}: {fault}")
+            by_shape[image.shape].append(index)
+        found: list[list[Detection]] = [[] for _ in images]
+        for indices in by_shape.values():
+            for start in range(0, len(indices), self.batch_size):
+                chunk = indices[start : start + self.batch_size]
+                batch = self._detect_batch([images[i] for i in chunk], self.min_score)
+                for index, detections in zip(chunk, batch, strict=True):
+                    found[index] = detections
+        return found
+
+    def detect_faint(self, image: np.ndarray) -> list[Detection]:
+        """One image's candidates, best first, however little they score."""
+        return self._detect_batch([image], 0.0)[0]
+
+    @exact_inference()
+    def _detect_batch(self, images: Sequence[np.ndarray], min_score: float) -> list[list[Detection]]:
+        pixels_BCHW = pad_batch(self._pixels(images), self.batch_size)
+        logits_BQC, masks_BQhw = self._logits(pixels_BCHW)
+        padded_size, image_size = pixels_BCHW.shape[-2:], images[0].shape[:2]
+        network_size = self.preprocessing.network_size(*image_size)
+        found: list[list[Detection]] = []
+        for index in range(len(images)):
+            label_K, score_K, query_K = candidates(logits_BQC[index], min_score)
+            if len(query_K) == 0:
+                found.append([])
+                continue
+            query_U, place_K = query_K.unique(return_inverse=True)
+            masks_UHW = full_size_masks(masks_BQhw[index][query_U], padded_size, network_size, image_size)
+            score_K = score_K * mask_confidence(masks_UHW)[place_K]
+            found.append(self._build(label_K, score_K, (masks_UHW > 0)[place_K], min_score))
+        return found
+
+    def _build(self, label_K: Tensor, score_K: Tensor, mask_KHW: Tensor, min_score: float) -> list[Detection]:
+        """Detections of the candidates that score more than `min_score` and have a mask, best first."""
+        order_K = score_K.argsort(descending=True, stable=True)
+        order_K = order_K[(score_K[order_K] > min_score) & mask_KHW[order_K].flatten(1).any(1)]
+        masks = mask_KHW[order_K].cpu().numpy()
+        rows = zip(label_K[order_K].tolist(), score_K[order_K].tolist(), masks, strict=True)
+        return [Detection(self.labels[label], score, mask_extent(mask), mask) for label, score, mask in rows]
+
+
+class Mask2FormerDetector(Mask2Former):
+    """transformers' Mask2Former, from a folder in its format."""
 
     def __init__(
         self,
@@ -91,64 +167,29 @@ class Mask2FormerDetector:
         Raises UserError where the folder is missing, incomplete, damaged, or has another number of classes.
         """
         folder = model_folder(model_dir, "detector", ("config.json", "preprocessor_config.json"))
-        self.device = torch.device(device)
-        self.model = _load(folder, self.device)
+        self.model = _load(folder, torch.device(device))
         try:
-            self.preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
+            preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
         except (KeyError, ValueError) as fault:
             raise unloadable(folder, "detector", f"preprocessor_config.json: {fault}") from fault
         own_labels: Any = self.model.config.id2label
-        self.labels = tuple(labels or (own_labels[index] for index in range(len(own_labels))))
-        if len(self.labels) != len(own_labels):
-            raise UserError(
-                f"detector folder {folder} knows {len(own_labels)} classes, not {len(self.labels)}: "
-                "name a detector that was trained on this benchmark's classes"
-            )
-        self.batch_size = batch_size
-        self.min_score = min_score
-        self.fingerprint = fingerprint(folder, self.labels, min_score, batch_size)
+        labels = tuple(labels or (own_labels[index] for index in range(len(own_labels))))
+        check_classes(folder, len(own_labels), labels)
+        identity = fingerprint(folder, labels, min_score, batch_size)
+        super().__init__(device, preprocessing, labels, batch_size, min_score, identity)
 
-    def detect(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
-        """Each image's detections, best first. Raises ValueError for what is not an image."""
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, image in enumerate(images):
-            if fault := image_fault(image):
-                raise ValueError(f"image {index}: {fault}")
-            by_shape[image.shape].append(index)
-        found: list[list[Detection]] = [[] for _ in images]
-        for indices in by_shape.values():
-            for start in range(0, len(indices), self.batch_size):
-                chunk = indices[start : start + self.batch_size]
-                for index, detections in zip(chunk, self._detect_batch([images[i] for i in chunk]), strict=True):
-                    found[index] = detections
-        return found
-
-    @exact_inference()
-    def _detect_batch(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
-        pixels_BCHW = pad_batch(self.preprocessing.pixels(images, self.device), self.batch_size)
+    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(pixel_values=pixels_BCHW)
-        padded_size, image_size = pixels_BCHW.shape[-2:], images[0].shape[:2]
-        network_size = self.preprocessing.network_size(*image_size)
-        found: list[list[Detection]] = []
-        for index in range(len(images)):
-            label_K, score_K, query_K = candidates(output.class_queries_logits[index], self.min_score)
-            if len(query_K) == 0:
-                found.append([])
-                continue
-            query_U, place_K = query_K.unique(return_inverse=True)
-            masks_Uhw = output.masks_queries_logits[index][query_U]
-            masks_UHW = full_size_masks(masks_Uhw, padded_size, network_size, image_size)
-            score_K = score_K * mask_confidence(masks_UHW)[place_K]
-            found.append(self._build(label_K, score_K, (masks_UHW > 0)[place_K]))
-        return found
+        return output.class_queries_logits, output.masks_queries_logits
 
-    def _build(self, label_K: Tensor, score_K: Tensor, mask_KHW: Tensor) -> list[Detection]:
-        """Detections of the candidates that score more than `min_score` and have a mask, best first."""
-        order_K = score_K.argsort(descending=True, stable=True)
-        order_K = order_K[(score_K[order_K] > self.min_score) & mask_KHW[order_K].flatten(1).any(1)]
-        masks = mask_KHW[order_K].cpu().numpy()
-        rows = zip(label_K[order_K].tolist(), score_K[order_K].tolist(), masks, strict=True)
-        return [Detection(self.labels[label], score, mask_extent(mask), mask) for label, score, mask in rows]
+
+def check_classes(folder: Path, classes: int, labels: Sequence[str]) -> None:
+    """UserError where the model in `folder` has another number of classes than there are labels."""
+    if len(labels) != classes:
+        raise UserError(
+            f"detector folder {folder} knows {classes} classes, not {len(labels)}: "
+            "name a detector that was trained on this benchmark's classes"
+        )
 
 
 def candidates(logits_QC: Tensor, min_score: float) -> tuple[Tensor, Tensor, Tensor]:

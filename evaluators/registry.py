@@ -1,62 +1,112 @@
-"""Which evaluator scores which benchmark."""
+"""Which evaluator scores which benchmark, what it needs, and which prompts it can judge."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bitflux_core.errors import UserError
 from evaluators.base import Evaluator
+from evaluators.blip_vqa import BlipQuestionAnswerer
 from evaluators.clip import ClipColorClassifier, ClipModel
+from evaluators.compbench.evaluator import CompBenchEvaluator, check_metadata
+from evaluators.compbench.objects import SCORE_THRESHOLD
+from evaluators.compbench.spatial import Mode
+from evaluators.depth import DptDepthEstimator
+from evaluators.detectors import load_detector
 from evaluators.geneval import THRESHOLD, GenEvalEvaluator, Question
 from evaluators.geneval_classes import GENEVAL_CLASSES
-from evaluators.mask2former import Mask2FormerDetector, configured_labels
+from evaluators.language import language
+from evaluators.mask2former import configured_labels
+from evaluators.modes import COMPBENCH
+from evaluators.open_vocabulary import load_named_detector
 
+# Folders by role, and under `LANGUAGE` the name of the tool that takes prompts apart.
 Models = Mapping[str, str | Path]
-Builder = Callable[[Models, str, int], Evaluator]
+Metadata = Mapping[str, Any]
+
+LANGUAGE = "language"
+OFFICIAL = f"{COMPBENCH}-official"
 
 
-def _geneval(labels: tuple[str, ...] | None) -> Builder:
+@dataclass(frozen=True)
+class _Kind:
+    """An evaluator: the roles of the models that it needs, how it is built (on a device, with a batch size), and a
+    function that makes one which raises ValueError for metadata that it could not judge an image by."""
+
+    roles: tuple[str, ...]
+    build: Callable[[Models, str, int], Evaluator]
+    checker: Callable[[Models], Callable[[Metadata], object]]
+
+
+def _geneval(labels: tuple[str, ...] | None) -> _Kind:
     """GenEval over a detector whose classes are called `labels`, or what its own configuration calls them."""
 
     def build(models: Models, device: str, batch_size: int) -> Evaluator:
-        detector = Mask2FormerDetector(
-            models["detector"], device, batch_size=batch_size, labels=labels, min_score=THRESHOLD
-        )
+        detector = load_detector(models["detector"], device, batch_size=batch_size, labels=labels, min_score=THRESHOLD)
         return GenEvalEvaluator(detector, ClipColorClassifier(ClipModel(models["clip"], device)))
 
-    return build
+    def checker(models: Models) -> Callable[[Metadata], object]:
+        known = labels or configured_labels(models["detector"])
+        return lambda metadata: Question.parse(metadata, known)
+
+    return _Kind(("detector", "clip"), build, checker)
 
 
-EVALUATORS: dict[str, Builder] = {
+def _compbench(mode: Mode) -> _Kind:
+    def build(models: Models, device: str, batch_size: int) -> Evaluator:
+        return CompBenchEvaluator(
+            answerer=BlipQuestionAnswerer(models["vqa"], device, batch_size=batch_size),
+            detector=load_named_detector(models["named_detector"], device, SCORE_THRESHOLD),
+            depth=DptDepthEstimator(models["depth"], device, batch_size=batch_size),
+            clip=ClipModel(models["clip_score"], device, batch_size=batch_size),
+            language=language(str(models[LANGUAGE])),
+            mode=mode,
+        )
+
+    return _Kind(("vqa", "named_detector", "depth", "clip_score", LANGUAGE), build, lambda _: check_metadata)
+
+
+EVALUATORS: dict[str, _Kind] = {
     "geneval": _geneval(GENEVAL_CLASSES),
     "mini-geneval": _geneval(None),
+    **{f"{COMPBENCH}-{mode}": _compbench(mode) for mode in get_args(Mode)},
 }
-LABELS: dict[str, tuple[str, ...] | None] = {"geneval": GENEVAL_CLASSES, "mini-geneval": None}
 
 
-def check_prompts(evaluator: str, prompts: Mapping[str, Mapping[str, Any]], name: str, detector: str | Path) -> None:
+def roles_of(evaluator: str) -> tuple[str, ...]:
+    """The roles of the models that an evaluator needs. UserError for one that there is not."""
+    return _known(evaluator).roles
+
+
+def check_prompts(evaluator: str, prompts: Mapping[str, Metadata], name: str, models: Models) -> None:
     """UserError for an evaluator that there is not, and for a prompt whose metadata it could not judge an image by.
 
-    `prompts` are metadata by text, from the list called `name`; `detector` is the folder whose classes they may name.
+    `prompts` are metadata by text, from the list called `name`.
     """
-    _check_known(evaluator)
-    labels = LABELS[evaluator] or configured_labels(detector)
+    check = _known(evaluator).checker(models)
     for text, metadata in prompts.items():
         try:
-            Question.parse(metadata, labels)
+            check(metadata)
         except ValueError as error:
             raise UserError(f"{name}: prompt '{text}': {error}") from error
 
 
-def build_evaluator(benchmark: str, models: Models, device: str = "cpu", batch_size: int = 8) -> Evaluator:
-    """The evaluator of `benchmark` on the folders in `models` ("detector", "clip"), loaded on `device`.
+def build_evaluator(evaluator: str, models: Models, device: str = "cpu", batch_size: int = 8) -> Evaluator:
+    """The evaluator of that name on `models`, loaded on `device`.
 
-    Raises UserError for a benchmark without an evaluator and for folders that do not hold what it needs.
+    Raises UserError for a name that there is not and for folders that do not hold what it needs.
     """
-    _check_known(benchmark)
-    return EVALUATORS[benchmark](models, device, batch_size)
+    return _known(evaluator).build(models, device, batch_size)
 
 
-def _check_known(evaluator: str) -> None:
+def _known(evaluator: str) -> _Kind:
+    if evaluator == OFFICIAL:
+        modes = " or ".join(get_args(Mode))
+        raise UserError(
+            f"{OFFICIAL} needs UniDet's own weights and vocabulary, which no library loads: "
+            f"name the mode {modes}, which keep the official formulas on detectors that do load"
+        )
     if evaluator not in EVALUATORS:
         raise UserError(f"no evaluator {evaluator!r}: choose one of {', '.join(sorted(EVALUATORS))}")
+    return EVALUATORS[evaluator]

@@ -130,6 +130,17 @@ _SCALING = (
     Column("busy", "busy_share", ".1%"),
     Column("efficiency", "efficiency", ".1%"),
 )
+_DISTILL = (
+    Column("GPUs", "gpus"),
+    Column("batch", "batch"),
+    Column("planned GB", "planned_gb", ".1f"),
+    Column("peak GB", "peak_gb", ".1f"),
+    Column("s a step", "step_s", ".2f"),
+    Column("in int8", "int8_step_s", ".2f"),
+    Column("s a held-out state", "held_out_s", ".2f"),
+    Column("s a checkpoint", "save_s", ".1f"),
+    Column("hours in all", "recipe_hours", ".1f"),
+)
 _LEGEND = "ternary weights with activations in bf16 (A16) and int8 (A8); ratios are speeds"
 ENGINES = ("scheduler", "Ray Data")
 _ROOMY = 9  # columns; more fill 120 characters only without spaces beside the lines
@@ -164,6 +175,8 @@ def name_of(row: Any) -> str:
         return f"{row.what}, {row.replicas} replicas" if row.replicas else row.what
     if hasattr(row, "layer"):
         return f"{row.layer}, M = {row.tokens}"
+    if hasattr(row, "recipe_hours"):
+        return f"{row.gpus} GPUs, batch {row.batch}"
     if hasattr(row, "gpus"):
         return f"{row.mode}, {row.gpus} GPUs"
     return f"{row.mode}, {row.placement}, {row.steps} steps" if hasattr(row, "placement") else str(row.mode)
@@ -195,6 +208,7 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         "small-gpu": (_SMALL_GPU, "one image on a small GPU"),
         "tune": (_TUNED, "block sizes"),
         "scaling": (_SCALING, "drawing on several GPUs"),
+        "distill": (_DISTILL, "training end to end; GB of each GPU"),
     }[result.section]
     baseline = getattr(rows[0], "baseline", None)
     return [(f"{title}; ratios to {baseline}" if baseline else title, columns, rows)]

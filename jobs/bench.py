@@ -7,12 +7,13 @@ says what.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,13 @@ def parse(argv: list[str] | None) -> Namespace:
     transformer.add_argument("--profile", action="store_true", help="write each variant's time by kernel to the output")
     for section in (images, small_gpu):
         section.add_argument("--steps", type=_counts, metavar="A,B", help="denoising steps (28,50; small-gpu: 28)")
+    distill = sections.add_parser(
+        "distill", help="end-to-end training of a full-size student: GB, seconds a step, hours"
+    )
+    distill.add_argument("--gpus", type=_counts, default=(1,), metavar="A,B", help="by Ray Train from two on (1)")
+    distill.add_argument("--batch", type=_counts, default=(1,), metavar="A,B", help="images a step on each GPU (1)")
+    distill.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
+    distill.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
     tune = sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
     scheduler = sections.add_parser(
         "scheduler", help="what scheduling costs, and Ray Data beside it; no GPU, 5 minutes"
@@ -53,7 +61,7 @@ def parse(argv: list[str] | None) -> Namespace:
     scheduler.add_argument("--replicas", type=_counts, default=(8, 64), metavar="A,B", help="stub replicas (8,64)")
     scheduler.add_argument("--seconds", type=positive, default=32, metavar="S", help="drawing of each (%(default)s)")
     scheduler.add_argument("--samples", type=positive, metavar="N", help="of a plan (26,212: two published benchmarks)")
-    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling):
+    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill):
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -166,6 +174,28 @@ def _scaling(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
     return measured, {"steps": args.steps, "resolution": resolution, "tiny": args.tiny}
 
 
+def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    from bitflux_core.benchmark import distill, models
+
+    sizes = models.TINY if args.tiny else models.FLUX_DEV
+    resolution = args.resolution or sizes.resolution
+
+    def measured() -> Iterator[distill.DistillRow]:
+        for gpus, batch in itertools.product(args.gpus, args.batch):
+            row = distill.DistillRow(gpus, gpus * batch, resolution)
+            if gpus == 1:
+                yield distill.measure_training(row, sizes, device, args.output)
+                continue
+            _ray.prepare()
+            from cluster import distill_train
+
+            with _ray.connected():
+                yield distill_train.measure_training(row, sizes, args.output.resolve())
+
+    settings = {"resolution": resolution, "text_tokens": sizes.text_tokens, "tiny": args.tiny}
+    return _watched(measured()), {**settings, "recipe_steps": distill.RECIPE.steps}
+
+
 SECTIONS = {
     "kernels": _kernels,
     "transformer": _transformer,
@@ -174,6 +204,7 @@ SECTIONS = {
     "tune": _tune,
     "scheduler": _scheduler,
     "scaling": _scaling,
+    "distill": _distill,
 }
 
 

@@ -14,10 +14,11 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from cluster.workload import load_workloads
+from evaluators.modes import MODES
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
-from jobs._inputs import check_variants, chosen_profile, located
+from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
+from jobs._model_report import check_models
 from jobs._plan_cost import measured_seconds, plan_costs
 from jobs._plan_report import print_plan
 from jobs._run import Prepared, run_and_report
@@ -29,6 +30,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--profile", default="mini", help="mini, flux-dev or the path of a profile (%(default)s)")
     add("--benchmarks", type=names, metavar="A,B", help="names, or paths of workload files (the profile's)")
     add("--variants", type=names, metavar="A,B", help="bf16, ternary, ternary-int8, ternary-reference (the profile's)")
+    add("--mode", choices=MODES, help="how T2I-CompBench is judged (the profile's)")
     add("--limit", type=positive, metavar="N", help="prompts a tag (the profile's)")
     add("--images-per-prompt", type=positive, metavar="N", help="images a prompt (the profile's)")
     add("--output", metavar="URI", help=f"where the results go (./{DEFAULT_OUTPUT}; required in a Ray job)")
@@ -36,6 +38,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--fresh", action="store_true", help="start a new run, whatever is there")
     add("--replicas", type=positive, metavar="N", help="replicas of the model (as many as the machines hold)")
     add("--data-dir", type=Path, metavar="DIR", help="benchmarks' prompt files, for machines without internet")
+    add("--check-models", action="store_true", help="say which models the run needs and how to get them, and stop")
     add("--dry-run", action="store_true", help="print the plan and stop; needs no weights")
     add("--measured", type=Path, metavar="FILE", help="what --dry-run counts with: a table of bench.py images")
     add("--json", action="store_true", help="the verdict on standard output, all else on standard error")
@@ -55,6 +58,8 @@ def _evaluate(args: Namespace) -> int:
         hours = "GPU-hours" if profile.resources.needs_gpu else "hours of one device"
         print_plan(console, plan, costs, hours=hours, as_json=args.json)
         return COMPLETE
+    if args.check_models:
+        return check_models(console, chosen_profile(args))
     if args.measured:
         raise UserError("--measured tells --dry-run what to count with: give both or neither")
     return run_and_report(args, lambda output: _prepared(args, output))
@@ -63,7 +68,7 @@ def _evaluate(args: Namespace) -> int:
 def _planned(args: Namespace) -> tuple[Profile, Plan]:
     """What is to be drawn. The plan knows no models yet."""
     profile = chosen_profile(args)
-    workloads = load_workloads(profile.benchmarks, args.data_dir)
+    workloads = chosen_workloads(profile, args.data_dir)
     check_variants(profile.variants)
     return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 

@@ -7,7 +7,7 @@
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ from rich.progress import Progress
 from bitflux_core.errors import UserError
 from cluster.image_layouts import CompBenchLayout, GenEvalLayout, ImageLayout
 from cluster.plan import Plan
-from cluster.profile import load_profile
+from cluster.profile import changed
 from cluster.store import ResultStore
 from cluster.workload import Workload, load_workloads
+from evaluators.modes import MODES
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
-from jobs._inputs import chosen_profile, located_evaluators
+from jobs._inputs import chosen_profile, chosen_workloads, located_evaluators
 from jobs._run import Prepared, run_and_report
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ def parse(argv: list[str] | None) -> Namespace:
     score.add_argument("--images-per-prompt", type=positive, metavar="N", help="images a prompt (the profile's)")
     score.add_argument("--run-id", type=run_id, metavar="ID", help="name of the run (the digest of its plan)")
 
+    score.add_argument(
+        "--their-scores", action="store_true", help="those of the folder's result files; no evaluator runs"
+    )
+
     rescore.add_argument("--benchmarks", type=names, metavar="A,B", help="names, or paths of their files (the run's)")
     rescore.add_argument("--new-run-id", type=run_id, metavar="ID", help="name of the new run (made from the old one)")
 
     for command in (score, rescore):
         command.add_argument("--profile", default="mini", help="whose evaluators score: a name or path (%(default)s)")
+        command.add_argument("--mode", choices=MODES, help="how T2I-CompBench is judged (the profile's)")
     for command in (export, score, rescore):
         _add_common(command)
     return parser.parse_args(argv)
@@ -92,7 +98,7 @@ def _export(args: Namespace) -> int:
     plan = complete_plan(store)
     variant = _chosen("variant", args.variant, plan["variants"])
     name = args.benchmark or _chosen("benchmark", None, [benchmark["name"] for benchmark in plan["benchmarks"]])
-    export = planned_export(store, _only_workload(name, args.data_dir), variant, args.layout)
+    export = planned_export(store, _only(load_workloads([name], args.data_dir), name), variant, args.layout)
     with Progress(console=console_on(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("images", total=len(export.names))
         write_export(export, store, args.to, lambda: progress.advance(task))
@@ -114,16 +120,24 @@ def _export(args: Namespace) -> int:
 
 
 def _prepared_folder(args: Namespace, output: str) -> Prepared:
-    profile, workload = chosen_profile(args), _only_workload(args.benchmark, args.data_dir)
+    profile = changed(chosen_profile(args), {"benchmarks": (args.benchmark,)})
+    workload = _only(chosen_workloads(profile, args.data_dir), args.benchmark)
+    # Importing ray takes longest: only after what can be refused without it.
     from cluster.imported_images import ImageFolder, ImportedReplica, check_seen, find_images, import_plan
+    from cluster.imported_results import RecordedEvaluator, read_results
     from cluster.output import alive_nodes
+    from cluster.pool_size import HELPER_CPUS
     from cluster.stored_images import reading_workers
-    from cluster.workers import evaluator_actors
+    from cluster.workers import actor_class, evaluator_actors
 
     plan = import_plan(profile, workload, args.variant, profile.limit, profile.images_per_prompt)
     folder = ImageFolder(args.folder)
     images = find_images(folder, _layout(args.layout, workload, plan), plan)
-    models, scoring = located_evaluators(profile, plan)
+    if args.their_scores:
+        recorded = read_results(folder, args.layout, images.found)
+        scoring = {"results": recorded.fingerprint}
+    else:
+        models, scoring = located_evaluators(profile, plan)
     if args.variant in scoring:
         raise UserError(f"--variant {args.variant} is what the results call a model; choose another name")
     plan = replace(plan, fingerprints={**scoring, args.variant: images.fingerprint})
@@ -134,6 +148,9 @@ def _prepared_folder(args: Namespace, output: str) -> Prepared:
 
     def workers() -> "Workers":
         check_seen(folder, alive_nodes())
+        if args.their_scores:
+            reader = actor_class(RecordedEvaluator, HELPER_CPUS)
+            return reading_workers(ImportedReplica, images, lambda: reader.remote(workload.name, recorded, store), 1)
         evaluator = evaluator_actors(plan, profile, models, store)
         return reading_workers(ImportedReplica, images, evaluator, profile.resources.evaluators)
 
@@ -141,14 +158,15 @@ def _prepared_folder(args: Namespace, output: str) -> Prepared:
 
 
 def _prepared_run(args: Namespace, output: str) -> Prepared:
-    profile, source = load_profile(args.profile), ResultStore(output, args.run_id)
+    source = ResultStore(output, args.run_id)
+    # Importing ray takes longest: only after what can be refused without it.
     from cluster.rescoring import complete_plan, rescoring_plan, rescoring_run_id
     from cluster.stored_images import StoredReplica, reading_workers, stored_images
     from cluster.workers import evaluator_actors
 
     drawn = [benchmark["name"] for benchmark in complete_plan(source)["benchmarks"]]
-    workloads = load_workloads(args.benchmarks or drawn, args.data_dir)
-    plan = rescoring_plan(source, profile, workloads)
+    profile = changed(chosen_profile(args), {"benchmarks": args.benchmarks or drawn})
+    plan = rescoring_plan(source, profile, chosen_workloads(profile, args.data_dir))
     models, scoring = located_evaluators(profile, plan)
     plan = replace(plan, fingerprints={**scoring, **(plan.fingerprints or {})})
     try:
@@ -174,8 +192,7 @@ def _layout(name: str, workload: Workload, plan: Plan) -> ImageLayout:
     return CompBenchLayout(workload.prompts, [planned, workload.images_per_prompt])
 
 
-def _only_workload(name: str, data_dir: Path | None) -> Workload:
-    workloads = load_workloads([name], data_dir)
+def _only(workloads: Sequence[Workload], name: str) -> Workload:
     if len(workloads) > 1:
         members = ", ".join(workload.name for workload in workloads)
         raise UserError(f"--benchmark {name} stands for {members}: name one of them")

@@ -22,10 +22,9 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from cluster.workload import load_workloads
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
-from jobs._inputs import check_variants, chosen_profile, located
+from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
 from jobs._progress import ProgressReport
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class _Prepared:
         from cluster.nightly import load_gates, night_plans
 
         self.profile, self._replicas = profile, args.replicas
-        self._workloads = load_workloads(profile.benchmarks, args.data_dir)
+        self._workloads = chosen_workloads(profile, args.data_dir)
         variants = tuple(variant for variant in profile.variants if variant != BASELINE)
         if not variants:
             raise UserError("no ternary variant to test: name one with --variants")

@@ -4,25 +4,30 @@ python jobs/quantize.py --profile mini --output DIR                             
 python jobs/quantize.py --profile flux-dev --data-dir DIR                        a draw of the paper's prompts
 python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
+python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 --distill-steps 6000 --distill-batch 256
+                                                                                 and then the whole, end to end
 """
 
 import argparse
-import random
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
-from cluster.manifests import is_manifest
 from cluster.profile import MINI_WORLD, Profile
-from cluster.workload import load_prompts
+from jobs import _ray
 from jobs._cli import COMPLETE, Parser, exit_code_of, positive
+from jobs._prompts import prompts_of
 
 if TYPE_CHECKING:
+    from bitflux_core.distill_recipe import EndToEndSettings
+    from bitflux_core.quantizer.end_to_end import EndToEndTask
     from bitflux_core.quantizer.snr import Snr
 
 INITS = ("compensated", "least-squares", "absmean")
+MINI_DISTILL_PROMPTS = 4096
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +40,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--reconstruction-steps", type=natural, default=0, metavar="N", help="training of each block (%(default)s)")
+    add("--distill-steps", type=natural, default=0, metavar="N", help="training end to end, at the end (%(default)s)")
+    add("--distill-int8-steps", type=natural, metavar="N", help="of them with int8 activations, last (a quarter)")
+    add("--distill-batch", type=positive, metavar="N", help="images a step, on all GPUs (the profile's batch_size)")
+    add("--distill-prompts", type=positive, metavar="N", help="prompts for it (all of the file; mini: 4096)")
+    add(
+        "--distill-images",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="drawn at intervals while it trains (%(default)s)",
+    )
+    add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (the profile's models.ternary)")
     return parser.parse_args(argv)
@@ -55,7 +72,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from bitflux_core.accounting import size_report
     from bitflux_core.checkpoint import check_unused
     from bitflux_core.prompts import check_prompt_lengths
-    from bitflux_core.quantizer.quantize import PLOT, TABLE, QuantizeSettings, quantize
+    from bitflux_core.quantizer.quantize import LOG, PLOT, TABLE, QuantizeSettings, quantize
     from cluster.manifests import REPOSITORY
     from cluster.model_files import locate
     from cluster.profile import load_profile
@@ -67,6 +84,8 @@ def _quantize(args: argparse.Namespace) -> int:
     output = check_unused(args.output or REPOSITORY / str(profile.models.ternary))  # before the work, not after
     prompts = calibration_prompts(profile, args)
     check_prompt_lengths(pipeline_dir, prompts, profile.sampling.max_sequence_length)
+    end_to_end, distill_prompts = _end_to_end(profile, args)
+    check_prompt_lengths(pipeline_dir, distill_prompts, profile.sampling.max_sequence_length)
     settings = QuantizeSettings(
         init=args.init,
         prompts=prompts,
@@ -75,43 +94,33 @@ def _quantize(args: argparse.Namespace) -> int:
         sampling=profile.sampling,
         batch=profile.batch_size,
         seed=args.seed,
+        end_to_end=end_to_end,
+        distill_prompts=distill_prompts,
+        distill_images=args.distill_images,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer = quantize(pipeline_dir, output, settings, device, _report)
+    with _several(args.distill_gpus if end_to_end else 1) as train:
+        transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, train)
 
     sizes = size_report(transformer)
     print(f"{sizes.ternary_share:.2%} of {sizes.total_params:,} parameters ternary")
     megabytes = f"{sizes.bf16_bytes / 1e6:,.1f} MB in bf16, {sizes.storage_bytes / 1e6:,.1f} MB ternary"
     print(f"storage: {megabytes} ({sizes.ratio:.2f}x)")
+    if end_to_end:
+        print(f"log of the training end to end: {output / LOG}")
     print(f"written to {output}; signal-to-noise ratios of all layers: {TABLE}, {PLOT}")
     return COMPLETE
 
 
 def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str, ...]:
-    """As many distinct prompts as asked for: the first of a file, a drawing by the seed of a workload, whose categories
-    follow each other. None where codes need no calibration and none is named on the command line.
+    """As many prompts as asked for; none where codes need no calibration and none is named on the command line.
 
     UserError for prompts that cannot be read or are too few, and where `compensated` or training would have none.
     """
-    count = args.calibration_prompts
     needed = args.init == "compensated" or args.reconstruction_steps > 0
-    if args.calibration:
-        if is_manifest("benchmark", args.calibration):
-            return _drawn_from(args.calibration, args)
-        try:
-            lines = Path(args.calibration).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{args.calibration} cannot be read ({error}): name a text file of prompts") from error
-        prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        _check_enough(prompts, args.calibration, count)
-        return prompts[:count]
-    if profile.calibration == MINI_WORLD:
-        from bitflux_core.mini.world import training_prompts
-
-        specs, weights = training_prompts()
-        return tuple(spec.text for spec in random.Random(args.seed).choices(specs, weights, k=count))
-    if profile.calibration and needed:
-        return _drawn_from(profile.calibration, args)
+    source = args.calibration or (profile.calibration if needed or profile.calibration == MINI_WORLD else None)
+    if source:
+        return _prompts(source, args.calibration_prompts, args, "--calibration-prompts")
     if needed:
         raise UserError(
             f"profile {profile.name} has no calibration prompts: give --calibration a file of them, "
@@ -120,15 +129,46 @@ def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str
     return ()
 
 
-def _drawn_from(workload: str, args: argparse.Namespace) -> tuple[str, ...]:
-    prompts = tuple(dict.fromkeys(prompt.text for prompt in load_prompts(workload, args.data_dir)))
-    _check_enough(prompts, workload, args.calibration_prompts)
-    return tuple(random.Random(args.seed).sample(prompts, args.calibration_prompts))
+def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSettings | None, tuple[str, ...]]":
+    """How to train end to end, and on which prompts. UserError for options that contradict each other."""
+    from bitflux_core.distill_recipe import EndToEndSettings
+
+    if not args.distill_steps:
+        return None, ()
+    int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
+    if int8_steps > args.distill_steps:
+        raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
+    source = args.calibration or profile.calibration
+    if source is None:
+        raise UserError(f"profile {profile.name} has no prompts to train on: give --calibration a file of them")
+    count = args.distill_prompts or (MINI_DISTILL_PROMPTS if source == MINI_WORLD else None)
+    settings = EndToEndSettings(
+        steps=args.distill_steps,
+        int8_steps=int8_steps,
+        batch=args.distill_batch or profile.batch_size,
+        sampler_steps=profile.sampling.steps,
+        guidance=profile.sampling.guidance,
+        seed=args.seed,
+    )
+    return settings, _prompts(source, count, args, "--distill-prompts")
 
 
-def _check_enough(prompts: Sequence[str], source: str, count: int) -> None:
-    if len(prompts) < count:
-        raise UserError(f"{source} holds {len(prompts)} prompts of {count}: set --calibration-prompts")
+def _prompts(source: str, count: int | None, args: argparse.Namespace, option: str) -> tuple[str, ...]:
+    return prompts_of(source, count, seed=args.seed, data_dir=args.data_dir, option=option)
+
+
+@contextlib.contextmanager
+def _several(gpus: int) -> "Iterator[Callable[[EndToEndTask], None] | None]":
+    """What trains on so many GPUs; None for a single one. UserError where there are not as many."""
+    if gpus == 1:
+        yield None
+        return
+    _ray.prepare()
+    from cluster.distill_train import check_gpus, train
+
+    with _ray.connected():
+        check_gpus(gpus)  # before the blocks, which take hours
+        yield train
 
 
 def _report(name: str, rows: "list[Snr]") -> None:

@@ -79,14 +79,23 @@ def ternary_linear_int8(
 
 
 def quantize(x_MK: Tensor) -> Quantized:
-    """Per-token symmetric absmax quantization: value = x * (127 / amax) rounded to nearest even, scale = amax / 127."""
+    """`quantized_values`, laid out for the kernels and with the sum of each token's values."""
+    values_MK, scale_M = quantized_values(x_MK)
+    return Quantized(plane_padded(values_MK), scale_M, values_MK.sum(dim=1, dtype=torch.int32))
+
+
+def quantized_values(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values [M, K] and float32 scales [M], per-token symmetric absmax quantization.
+
+    value = x * (127 / amax) rounded to nearest even, scale = amax / 127.
+    """
     wide_MK = x_MK.float()
     amax_M = wide_MK.abs().amax(dim=1)
     finite_M = amax_M.isfinite()
     amax_M = amax_M.clamp(min=_SMALLEST_AMAX)
     values_MK = (wide_MK * (INT8_MAX / amax_M)[:, None]).round_().where(finite_M[:, None], 0).to(torch.int8)
     scale_M = (amax_M / INT8_MAX).where(finite_M, torch.nan)
-    return Quantized(plane_padded(values_MK), scale_M, values_MK.sum(dim=1, dtype=torch.int32))
+    return values_MK, scale_M
 
 
 def digits(x_MK: Tensor) -> Quantized:

@@ -1,11 +1,12 @@
 """From a full-precision FLUX pipeline to a ternary checkpoint, block by block, resumable; no image is used."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,12 +14,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 
 from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, save_ternary
 from bitflux_core.distill import Conditions, sampler_sigmas
+from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.errors import UserError
 from bitflux_core.generate import TextEncoder
 from bitflux_core.layers import empty_ternary_linears
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.calibration import Calibration
+from bitflux_core.quantizer.end_to_end import IMAGES, EndToEndTask, split_prompts, write_log
 from bitflux_core.quantizer.memory import check_memory, required_bytes
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.snr import Snr, write_plot, write_table
@@ -26,6 +29,7 @@ from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
+LOG = "distill.parquet"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class QuantizeSettings:
         sampling: how the teacher draws.
         batch: calibration states that pass a block at once.
         seed: of noise, states and training.
+        end_to_end: how the whole transformer is trained afterwards; None leaves it as its blocks are.
+        distill_prompts: what that training takes and, in part, holds out.
+        distill_images: how many of those held out are drawn while it goes on.
     """
 
     init: Init
@@ -49,6 +56,9 @@ class QuantizeSettings:
     sampling: Sampling
     batch: int
     seed: int = 0
+    end_to_end: EndToEndSettings | None = None
+    distill_prompts: tuple[str, ...] = ()
+    distill_images: int = 0
 
 
 def quantize(
@@ -57,12 +67,15 @@ def quantize(
     settings: QuantizeSettings,
     device: torch.device,
     report: Callable[[str, list[Snr]], None],
+    gpus: int = 1,
+    run_on_gpus: Callable[[EndToEndTask], None] | None = None,
 ) -> FluxTransformer2DModel:
     """Writes the checkpoint `output` with its table and plot of signal-to-noise ratios, and returns the transformer.
 
     Work under way lies in `<output>.partial`, from which a killed run goes on: same codes. `report` hears of each
-    block. UserError for an output in use, work of another recipe, a model that is not FLUX or is damaged, prompts
-    that are too long, and for too little GPU memory.
+    block. Training end to end happens here or, with `run_on_gpus`, where that runs the task, on `gpus` GPUs; its log
+    lies beside the ratios, which are those before it. UserError for an output in use, work of another recipe, a model
+    that is not FLUX or is damaged, prompts that are too long or too few, and for too little GPU memory.
     """
     check_unused(output)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -78,6 +91,21 @@ def quantize(
     )
     check_memory(required, device)
     provenance = provenance_of(pipeline_dir, settings)
+    task, prompts = None, None
+    if settings.end_to_end:
+        prompts = split_prompts(settings.distill_prompts, settings.end_to_end.held_out, settings.seed)
+        directory = output.with_name(f"{output.name}.partial") / "end-to-end"
+        task = EndToEndTask(
+            pipeline_dir.absolute(),
+            directory.absolute(),
+            settings.end_to_end,
+            settings.sampling,
+            prompts.trained,
+            prompts.held_out,
+            gpus,
+            settings.distill_images,
+        )
+        task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
@@ -88,11 +116,24 @@ def quantize(
 
     transformer = collect(source, work)
     rows = [row for name in source.names for row in work.load(name)[1]]
+    records: list[Record] = []
+    if task and prompts:
+        del source, calibration  # their part of the GPU
+        if not task.prepared:
+            task.prepare(transformer, encode(pipeline_dir, prompts.distinct, settings.sampling, device))
+        gc.collect()
+        torch.cuda.empty_cache()  # ranks are processes of their own, and want this GPU too
+        (run_on_gpus or _run_on(device))(task)
+        transformer, records = task.result()
     made = work.directory / "checkpoint"
     shutil.rmtree(made, ignore_errors=True)  # of a run that was killed while it wrote
-    save_ternary(transformer, made, provenance, method=settings.init)
+    save_ternary(transformer, made, provenance, method="self-distillation" if records else settings.init)
     write_table(rows, made / TABLE)
     write_plot(rows, made / PLOT)
+    if records:
+        write_log(records, made / LOG)
+    if task and task.images:
+        shutil.copytree(task.directory / IMAGES, made / IMAGES)
     os.replace(made, output)  # whole, or not at all
     work.remove()
     return transformer
@@ -118,8 +159,8 @@ def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, dev
 
 def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
     """What decides the codes, in plain values."""
-    prompts = hashlib.sha256(json.dumps(settings.prompts).encode()).hexdigest()[:16] if settings.prompts else None
-    return {
+    prompts = _digest(settings.prompts) if settings.prompts else None
+    made_by = {
         "teacher": fingerprint(pipeline_dir / "transformer"),
         "init": settings.init,
         "calibration": prompts,
@@ -130,6 +171,9 @@ def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
         "batch": settings.batch,
         "seed": settings.seed,
     }
+    if settings.end_to_end:
+        made_by["end_to_end"] = {**asdict(settings.end_to_end), "prompts": _digest(settings.distill_prompts)}
+    return made_by
 
 
 def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, work: WorkFolder) -> CalibrationSet:
@@ -159,6 +203,14 @@ def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
     empty_ternary_linears(transformer, names={key.removesuffix(".packed") for key in state if key.endswith(".packed")})
     transformer.load_state_dict(state, assign=True)
     return transformer.eval().requires_grad_(False)
+
+
+def _run_on(device: torch.device) -> Callable[[EndToEndTask], None]:
+    return lambda task: task.run(device)
+
+
+def _digest(prompts: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def _image_tokens(sampling: Sampling) -> int:

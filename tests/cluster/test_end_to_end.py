@@ -48,14 +48,15 @@ def files(tmp_path_factory) -> ModelFiles:
     detector.save_detector(detector.build_detector(), folder / "detector")
     clip.write_config(folder / "clip")
     clip.save_weights(clip.build_clip(folder / "clip"), folder / "clip")
-    return ModelFiles(folder / "flux", folder / "ternary", folder / "detector", folder / "clip")
+    return ModelFiles(folder / "flux", folder / "ternary", {"detector": folder / "detector", "clip": folder / "clip"})
 
 
 @pytest.fixture
 def profile(files) -> Profile:
     return Profile(
         name="random",
-        models={role: str(path) for role, path in vars(files).items()},
+        models={"pipeline": str(files.pipeline), "ternary": str(files.ternary)}
+        | {role: str(path) for role, path in files.scoring.items()},
         sampling=Sampling(width=64, height=64, steps=2, guidance=2.0, max_sequence_length=16),
         batch_size=4,
         shard_seconds=1e-3,
@@ -66,7 +67,7 @@ def profile(files) -> Profile:
 
 
 def workers_in_process(plan, files, store) -> Workers:
-    models = {"detector": files.detector, "clip": files.clip}
+    models = files.scoring
     return Workers(
         in_process(ReplicaActor, files.pipeline, files.ternary, plan.dtype, plan.sampling),
         in_process(TextEncoderActor, files.pipeline, plan.dtype, plan.sampling.max_sequence_length),
@@ -137,13 +138,13 @@ def test_actors_load_their_models_from_folders_and_ask_no_hub(files, profile, tm
             replica.start(variant)
         TextEncoderActor(files.pipeline, profile.dtype, profile.sampling.max_sequence_length).start()
         store = ResultStore(str(tmp_path), "r1")
-        models = {"detector": files.detector, "clip": files.clip}
+        models = files.scoring
         EvaluatorActor({"random": "mini-geneval"}, models, store).start()
         assert connections == []
 
         # A part that open_clip would fetch: named, and not fetched.
         lacking = tmp_path / "clip"
-        shutil.copytree(files.clip, lacking)
+        shutil.copytree(models["clip"], lacking)
         config = json.loads((lacking / "open_clip_config.json").read_text())
         config["model_cfg"]["text_cfg"]["hf_model_name"] = "someone/text-tower"
         (lacking / "open_clip_config.json").write_text(json.dumps(config))

@@ -71,7 +71,7 @@ def test_a_folder_still_to_be_made_beside_a_users_profile(tmp_path):
         ({"variants": ["bf16", "bf16"]}, "bf16 named more than once"),
         ({"limit": -1}, "limit"),
         ({"name": "a/b"}, "name"),
-        ({"models": {"pipeline": "x"}}, "models.detector"),
+        ({"models": {"detector": "x"}}, "models.pipeline"),
         ({"resources": {"replica_gpus": -1}}, "resources.replica_gpus"),
         ({"resources": {"gpu_types": {"H100": 0}}}, "resources.gpu_types.H100"),
         ({"cost": {"megapixel_step": 0}}, "cost.megapixel_step"),

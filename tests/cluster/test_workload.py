@@ -182,7 +182,7 @@ def test_a_faulty_manifest(tmp_path, changes, named):
 
 
 def test_unknown_benchmarks_list_the_known_ones():
-    assert "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, t2i" in refusal(
+    assert "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, mini-t2i" in refusal(
         "genival"
     )
 

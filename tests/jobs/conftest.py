@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from bitflux_core.mini import clip as mini_clip
+from bitflux_core.mini import depth as mini_depth
 from bitflux_core.mini import detector as mini_detector
+from bitflux_core.mini import vqa as mini_vqa
 from bitflux_core.mini.models import build_pipeline
 from jobs import quantize
 
@@ -23,18 +25,30 @@ PROFILE = {
     "limit": 1,
     "images_per_prompt": 2,
 }
-NAMES = {"pipeline": "flux", "ternary": "ternary", "detector": "detector", "clip": "clip"}
+NAMES = {
+    "pipeline": "flux",
+    "ternary": "ternary",
+    "detector": "detector",
+    "clip": "clip",
+    "vqa": "vqa",
+    "named_detector": "detector",
+    "depth": "depth",
+    "clip_score": "clip",
+}
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of flux, ternary, detector and clip, with random weights."""
+    """A folder of flux, ternary, detector, clip, vqa and depth, with random weights."""
     folder = tmp_path_factory.mktemp("models")
     build_pipeline(seed=0).save_pretrained(folder / "flux")
     mini_detector.save_detector(mini_detector.build_detector(), folder / "detector")
     mini_clip.write_config(folder / "clip")
     torch.manual_seed(0)
     mini_clip.save_weights(mini_clip.build_clip(folder / "clip"), folder / "clip")
+    tokenizer = mini_vqa.build_tokenizer()
+    mini_vqa.save_vqa(mini_vqa.build_vqa(tokenizer), tokenizer, folder / "vqa")
+    mini_depth.save_depth(mini_depth.build_depth(), folder / "depth")
     arguments = ["--init", "least-squares", "--output", str(folder / "ternary")]
     assert quantize.main(["--profile", write_profile(folder, NAMES), *arguments]) == 0
     return folder

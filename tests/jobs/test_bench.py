@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bitflux_core.benchmark import models, steps
+from bitflux_core.errors import UserError
 from cluster.manifests import REPOSITORY
 from jobs import bench
 from kernels import ops
@@ -38,6 +39,7 @@ def files(folder, section: str) -> tuple[dict, list[dict]]:
         (["images", "--tiny", "--variants", "int4"], "int4"),
         (["images", "--tiny", "--resolution", "100"], "multiple of 16"),
         (["images", "--tiny", "--steps", "0"], "--steps"),
+        (["distill", "--tiny", "--gpus", "0"], "--gpus"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch):
@@ -49,7 +51,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_pat
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu"])
+@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu", "distill"])
 def test_a_section_says_that_it_needs_a_gpu(section, capsys, tmp_path):
     assert bench.main([section, "--output", str(tmp_path / "bench")]) == 2
     error = capsys.readouterr().err
@@ -211,3 +213,38 @@ def test_scaling_draws_through_the_scheduler(tmp_path):
     assert rows[0]["efficiency"] == pytest.approx(1.0)
     assert all(0 < row["busy_share"] <= 1 and row["images_a_second"] > 0 for row in rows)
     assert document["settings"]["tiny"]
+
+
+def test_training_end_to_end(capsys, tmp_path):
+    assert bench.main(["distill", "--tiny", "--batch", "1,2", "--output", str(tmp_path)]) == 0
+    assert "hours in all" in capsys.readouterr().out
+    document, rows = files(tmp_path, "distill")
+    assert [(row["gpus"], row["batch"], row["error"]) for row in rows] == [(1, 1, None), (1, 2, None)]
+    for row in rows:
+        assert row["planned_gb"] > 0
+        assert row["peak_gb"] is None
+        steps = row["recipe_steps"] * min(row["step_s"], row["int8_step_s"])
+        assert row["recipe_hours"] > steps / 3600
+    assert document["settings"]["recipe_steps"] == rows[0]["recipe_steps"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".parquet"]  # no checkpoint stays
+
+
+def test_training_that_does_not_fit_is_refused_with_the_figures(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitflux_core.benchmark.distill.check_memory", _refuse)
+    assert bench.main(["distill", "--tiny", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: 54.8 GB asked, 24 GB free\n"
+
+
+def _refuse(*_):
+    raise UserError("54.8 GB asked, 24 GB free")
+
+
+@pytest.mark.slow  # a Ray of its own
+def test_training_on_ranks_that_share_the_model(tmp_path):
+    command = [sys.executable, "jobs/bench.py", "distill", "--tiny", "--gpus", "2", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = files(tmp_path, "distill")[1]
+    assert (row["gpus"], row["batch"], row["error"]) == (2, 2, None)
+    assert row["step_s"] > 0
+    assert row["save_s"] > 0

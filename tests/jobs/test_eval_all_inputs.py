@@ -38,7 +38,7 @@ def refusal(tmp_path, monkeypatch, capsys):
         (["--profile", "absent.yaml"], "absent.yaml: no such file"),
         (
             ["--benchmarks", "genival"],
-            "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval, t2i",
+            "unknown benchmark 'genival': choose one of all, calibration, geneval, mini-geneval",
         ),
         (["--benchmarks", "mini-geneval,mini-geneval"], "mini-geneval named more than once"),
         (["--benchmarks", ""], "--benchmarks"),

@@ -15,6 +15,8 @@ from cluster.manifests import REPOSITORY
 from jobs import _ray, eval_all, query
 
 TAGS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+CATEGORIES = ["color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"]
+BENCHMARKS = ["--benchmarks", "mini-geneval,mini-t2i-compbench"]
 COMPARISON = {
     "benchmark",
     "tag",
@@ -25,6 +27,8 @@ COMPARISON = {
     "delta",
     "ci_low",
     "ci_high",
+    "standard_error",
+    "detectable",
     "n_expected",
     "n_scored",
     "n_failed",
@@ -41,7 +45,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def finished(profile, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder that the job was called from, and what it said."""
     folder = tmp_path_factory.mktemp("caller")
-    return folder, command("--profile", profile, "--replicas", "1", cwd=folder)
+    return folder, command("--profile", profile, "--replicas", "1", *BENCHMARKS, cwd=folder)
 
 
 def test_a_run_ends_in_a_table(finished):
@@ -49,27 +53,27 @@ def test_a_run_ends_in_a_table(finished):
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "results").glob("run_id=*")
     assert "ternary against bf16" in done.stdout
-    for words in (*TAGS, "overall", "resident bytes, CPU", f"results: {run}"):
+    for words in (*TAGS, *CATEGORIES, "overall", "resident bytes, CPU", f"results: {run}"):
         assert words in done.stdout
-    assert "24/24 images" in done.stderr
+    assert "56/56 images" in done.stderr
     assert (run / "_manifest.json").is_file()
     verdict = json.loads((run / "verdict.json").read_text())
     assert json.loads((folder / "results" / "verdict.json").read_text()) == verdict
     assert (verdict["verdict"], verdict["exit_code"], verdict["reason"]) == ("complete", 0, None)
-    assert (verdict["n_expected"], verdict["n_done"], verdict["n_failed"]) == (24, 24, 0)
+    assert (verdict["n_expected"], verdict["n_done"], verdict["n_failed"]) == (56, 56, 0)
     assert verdict["results"] == str(run)
     assert verdict["started"] <= verdict["ended"]
     assert [(s["variant"], s["tag"]) for s in verdict["scores"]] == [
-        (variant, tag) for variant in ("bf16", "ternary") for tag in (*TAGS, "overall")
+        (variant, tag) for variant in ("bf16", "ternary") for tag in (*TAGS, "overall", *CATEGORIES, "overall")
     ]
-    assert all(0 <= s["score"] <= 1 and s["n_scored"] == s["n_expected"] for s in verdict["scores"])
+    assert all(-1 <= s["score"] <= 1 and s["n_scored"] == s["n_expected"] for s in verdict["scores"])
 
 
 def test_the_same_command_reads_the_run_and_json_says_all_of_it(finished, profile, monkeypatch, capsys):
     folder, _ = finished
     monkeypatch.chdir(folder)
     monkeypatch.setattr(_ray, "connected", lambda: pytest.fail("a complete run needs no Ray"))
-    assert eval_all.main(["--profile", profile, "--json"]) == 0
+    assert eval_all.main(["--profile", profile, "--json", *BENCHMARKS]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((folder / "results" / "verdict.json").read_text())
     assert said["verdict"] == "complete"
@@ -77,6 +81,8 @@ def test_the_same_command_reads_the_run_and_json_says_all_of_it(finished, profil
     assert [(c["tag"], c["n_expected"], c["n_failed"]) for c in said["comparisons"]] == [
         *((tag, 2, 0) for tag in TAGS),
         ("overall", 12, 0),
+        *((tag, 2, 0) for tag in CATEGORIES),
+        ("overall", 16, 0),
     ]
     assert all(set(comparison) == COMPARISON for comparison in said["comparisons"])
     assert [model["variant"] for model in said["models"]] == ["bf16", "ternary"]
@@ -91,7 +97,7 @@ def test_the_results_answer_questions(finished, capsys):
     sql = "SELECT count(DISTINCT sample_id), count(DISTINCT pair_id), count(image_digest), count(error) FROM results"
     assert query.main([sql, "--output", str(finished[0] / "results"), "--csv"]) == 0
     rows = list(csv.reader(capsys.readouterr().out.splitlines()))
-    assert rows[1:] == [["24", "12", "24", "0"]]
+    assert rows[1:] == [["56", "28", "56", "0"]]
 
 
 def test_a_fresh_run_has_a_name_of_its_own_and_one_that_stopped_says_so(finished, profile, monkeypatch, capsys):

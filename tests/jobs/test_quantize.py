@@ -1,9 +1,16 @@
 """jobs/quantize.py: what it writes loads, and nothing is written over."""
 
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from bitflux_core.checkpoint import load_ternary
+from cluster.manifests import REPOSITORY
 from cluster.profile import load_profile
 from jobs import quantize
 
@@ -53,3 +60,74 @@ def test_prompts_of_the_mini_world_follow_the_seed():
     )
     assert len(first) == 64
     assert first == again != other
+
+
+def prompts_file(folder, count: int):
+    file = folder / "prompts.txt"
+    words = ("red", "green", "blue", "yellow", "white")
+    lines = [f"a photo of a {colour} {shape}" for colour in words for shape in ("circle", "star", "ring", "cross")]
+    file.write_text("\n".join(lines[:count]))
+    return str(file)
+
+
+def test_training_end_to_end_is_part_of_the_checkpoint(models, tmp_path, profile, capsys):
+    calibration = ["--calibration", prompts_file(tmp_path, 20), "--calibration-prompts", "2", "--init", "least-squares"]
+    training = ["--distill-steps", "4", "--distill-int8-steps", "2", "--distill-batch", "2", "--distill-images", "2"]
+    output = tmp_path / "twin"
+    assert quantize.main(["--profile", profile, *calibration, *training, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "distill: step 2/4 (native) loss" in said
+    assert "distill: step 4/4 (int8) loss" in said
+    assert str(output / "distill.parquet") in said
+    images = sorted((output / "images").iterdir())
+    assert [path.name for path in images] == [f"step-0000000{step}.png" for step in (0, 2, 4)]
+    assert Image.open(images[0]).size == (2 * 64, 64)
+    header = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert header["method"] == "self-distillation"
+    assert header["provenance"]["end_to_end"]["steps"] == 4
+    assert load_ternary(output, dtype=torch.float32, device="cpu").config.num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--distill-steps", "4", "--distill-int8-steps", "5"], "--distill-int8-steps 5"),
+        (["--distill-steps", "4", "--distill-prompts", "30"], "20 prompts of 30: set --distill-prompts"),
+        (["--distill-steps", "4", "--distill-prompts", "10"], "16 are held out"),
+        (["--distill-steps", "many"], "--distill-steps"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_any_work(models, tmp_path, profile, capsys, arguments, named):
+    calibration = ["--calibration", prompts_file(tmp_path, 20), "--calibration-prompts", "2"]
+    output = ["--output", str(tmp_path / "twin")]
+    assert quantize.main(["--profile", profile, *calibration, *arguments, *output]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_training_without_prompts_is_refused(models, profile, tmp_path, capsys):
+    arguments = ["--init", "least-squares", "--distill-steps", "4", "--output", str(tmp_path / "twin")]
+    assert quantize.main(["--profile", profile, *arguments]) == 2
+    assert "no prompts to train on: give --calibration a file" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a Ray of its own
+def test_several_ranks_train_through_ray(models, tmp_path, profile):
+    calibration = ["--calibration", prompts_file(tmp_path, 20), "--calibration-prompts", "2", "--init", "least-squares"]
+    training = ["--distill-steps", "4", "--distill-batch", "2", "--distill-gpus"]
+    output = tmp_path / "twin"
+    command = [sys.executable, "jobs/quantize.py", "--profile", profile, *calibration, *training]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    refused = run("99", "--distill-batch", "99", "--output", str(output))
+    assert refused.returncode == 2
+    assert "training on 99" in refused.stderr.splitlines()[-1]
+    assert not output.with_name("twin.partial").exists()
+    done = run("2", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in pq.read_table(output / "distill.parquet").to_pylist()] == [0, 3, 3, 4]
+    assert load_ternary(output, dtype=torch.float32, device="cpu").config.num_layers == 2

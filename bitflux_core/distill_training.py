@@ -1,0 +1,388 @@
+"""End-to-end self-distillation at any size: a ternary student of 11.9 billion parameters trains on one 80 GB GPU.
+
+Latent weights are bfloat16 and step inside the backward pass (distill_optimizer.py); every block is computed again in
+it; the teacher stays beside the student, in its own dtype. distill_memory.py gives the arithmetic.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from bitflux_core.checkpoint import empty_transformer
+from bitflux_core.distill import Conditions, LatentTernaryLinear, codes_of, make_student, sampler_sigmas
+from bitflux_core.distill_checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+)
+from bitflux_core.distill_features import BlockOutputs, spread_names, state_errors
+from bitflux_core.distill_optimizer import FactoredInBackward, seed_of
+from bitflux_core.distill_recipe import EndToEndSettings, Record
+from bitflux_core.distill_shards import local, local_rows, shard, whole_of, whole_rows
+from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
+from bitflux_core.errors import UserError
+from bitflux_core.layers import BLOCKS, empty_ternary_linears
+from bitflux_core.linear import TernaryLinear
+from bitflux_core.training import FlatGradients, warmup_then_cosine
+from kernels.packing import pack_planes, unpack_planes
+
+RESULT = "best.safetensors"
+WARMUP_SHARE = 20  # of the steps, one in so many
+_REST = "rest"  # the checkpoint's part with all but latents
+
+
+class EndToEnd:
+    """Teacher and student on `device`, the states they are trained on, and the way back to the last checkpoint.
+
+    `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
+    where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
+    and keeps its rows of teacher and latents. UserError for a batch that the ranks cannot share and for a damaged
+    checkpoint.
+    """
+
+    def __init__(
+        self,
+        teacher: FluxTransformer2DModel,
+        start: FluxTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        conditions: Conditions,
+        trained: Sequence[int],
+        held_out: Sequence[int],
+        settings: EndToEndSettings,
+        device: torch.device,
+        folder: Path,
+        mesh: DeviceMesh | None = None,
+    ):
+        """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
+        self.settings, self.device, self.folder = settings, device, folder
+        self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
+        if settings.batch % self.ranks:
+            raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")
+        self.start = start
+        self.student = make_student(teacher, start, latent_dtype=torch.bfloat16)
+        self.student.enable_gradient_checkpointing()
+        self.teacher = teacher.eval().requires_grad_(False)
+        if mesh:
+            shard(self.teacher, mesh, set())
+            rest = {p for name, p in self.student.named_parameters() if not name.endswith(".latent")}
+            shard(self.student, mesh, rest)
+        self.blocks = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(teacher, kind)))]
+        chosen = spread_names(self.blocks, settings.features)
+        self._theirs, self._mine = BlockOutputs(self.teacher, chosen), BlockOutputs(self.student, chosen)
+
+        named = dict(self.student.named_parameters())
+        self.latents = {name: p for name, p in named.items() if name.endswith(".latent")}
+        self.others = {name: p for name, p in named.items() if name not in self.latents}
+        self.factored = FactoredInBackward(self.latents, settings.seed)
+        scales = [p for name, p in self.others.items() if name.endswith(".log_scale")]
+        rest_of_others = [p for name, p in self.others.items() if not name.endswith(".log_scale")]
+        self.gradients = FlatGradients([*scales, *rest_of_others])
+        self.rates = (settings.scale_lr, settings.other_lr)
+        groups = [{"params": p, "lr": rate} for p, rate in zip((scales, rest_of_others), self.rates, strict=True)]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+        self.step = 0
+        self.waited = 0  # evaluations since the best one
+        self.best = float("inf")
+        self.begun: str | None = None  # the phase whose first weights were looked at
+        self.seconds = 0.0
+        self.records: list[Record] = []
+        self._losses = torch.zeros((), device=device)
+        self._losses_added = 0
+
+        sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(conditions.image_ids_L3), torch.device("cpu"))
+        share = settings.batch // self.ranks
+        common = {"channels": teacher.config.in_channels, "device": device}
+        self.held_out = HeldOut(
+            conditions,
+            held_out,
+            sigmas,
+            settings.guidance,
+            batch=share,
+            seed=seed_of(settings.seed, 1),
+            velocity=self._teach,
+            **common,
+        )
+        slots = -(-max(settings.slots, settings.batch) // settings.batch) * settings.batch
+        self.rollouts = Rollouts(
+            conditions,
+            trained,
+            sigmas,
+            settings.guidance,
+            slots=slots,
+            batch=settings.batch,
+            seed=seed_of(settings.seed, 2),
+            rank=self.rank,
+            ranks=self.ranks,
+            **common,
+        )
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint:
+            self._restore(checkpoint)
+        else:
+            self.rollouts.spread(self._teach)
+
+    @property
+    def native_steps(self) -> int:
+        """Where the int8 phase begins."""
+        return self.settings.steps - self.settings.int8_steps
+
+    @property
+    def phase(self) -> str:
+        return "native" if self.step < self.native_steps else "int8"
+
+    def run(self, look: Callable[[FluxTransformer2DModel, int], None] = lambda _student, _step: None) -> list[Record]:
+        """Trains to the end, from wherever it stands; the best weights of the last phase are in `folder` then.
+
+        `look` is given the student and the steps made, on every rank, with each record. FloatingPointError for a loss
+        that is not finite.
+        """
+        began = time.monotonic() - self.seconds
+        while self.step < self.settings.steps:
+            if self.begun != self.phase:
+                self._begin_phase(began)
+                self._shown_to(look)
+            self.train_step()
+            if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
+                self._evaluate(began)
+                self._shown_to(look)
+        return self.records
+
+    def train_step(self) -> None:
+        """One batch forward and backward, in which the latents step; then all else, and the states."""
+        with _deterministic():
+            self._train_step()
+
+    def _train_step(self) -> None:
+        settings = self.settings
+        self._set_activations(self.phase)
+        factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
+        slots = self.rollouts.part_of(self.step)
+        inputs = self.rollouts.inputs(slots)
+        with self._theirs.kept():
+            target_BLC = self._teach(inputs)
+        with self._mine.kept():
+            velocity_BLC = self._predict(inputs)
+        loss = state_errors(velocity_BLC, target_BLC).mean()
+        if self._mine.outputs:
+            pairs = list(zip(self._mine.outputs, self._theirs.outputs, strict=True))
+            loss = loss + settings.feature_weight * sum(state_errors(*pair).mean() for pair in pairs) / len(pairs)
+        self._theirs.drop()
+        self._mine.drop()
+        self.gradients.zero()
+        self.factored.begin(self.step, settings.latent_lr * factor)
+        loss.backward()
+        self.gradients.average_over_ranks(self.ranks)
+        self.gradients.clip(1.0)
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.adam.step()
+        self._losses += loss.detach()
+        self._losses_added += 1
+        own = settings.own_states * min(1.0, 3 * self.step / settings.steps)
+        self.rollouts.advance(slots, target_BLC, velocity_BLC.detach(), own)
+        self.step += 1
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Mean relative velocity error on the held-out states, as the student is in this phase."""
+        errors = [state_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
+        return torch.cat(errors).mean().item()
+
+    @torch.no_grad()
+    def codes_flipped(self) -> float:
+        """Share of the codes that differ from the start."""
+        flipped, count = torch.zeros((), device=self.device, dtype=torch.long), 0
+        for name, latent in self.latents.items():
+            layer = self.start.get_submodule(name.removesuffix(".latent"))
+            assert isinstance(layer, TernaryLinear)
+            packed_NJ = layer.packed[local_rows(latent)].to(self.device)
+            flipped += (unpack_planes(packed_NJ, layer.in_features) != codes_of(local(latent))).sum()
+            count += latent.numel()
+        if self.ranks > 1:
+            dist.all_reduce(flipped)
+        return flipped.item() / count
+
+    def _teach(self, inputs: Inputs) -> Tensor:
+        """The teacher's velocity, in its own dtype's arithmetic, as it draws."""
+        dtype = next(self.teacher.parameters()).dtype
+        cast = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            return self.teacher(**cast, return_dict=False)[0].float()
+
+    def _predict(self, inputs: Inputs) -> Tensor:
+        with self._autocast():
+            return self.student(**inputs, return_dict=False)[0].float()
+
+    def _shown_to(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
+        with torch.no_grad(), self._autocast():
+            look(self.student, self.records[-1].step)
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+
+    def _set_activations(self, phase: str) -> None:
+        for layer in self.student.modules():
+            if isinstance(layer, LatentTernaryLinear):
+                layer.int8_activations = phase == "int8"
+
+    def _begin_phase(self, began: float) -> None:
+        """Other activations, other errors: what the phase starts from is the first to be its best."""
+        self.begun = self.phase
+        self._set_activations(self.phase)
+        self._record(self.phase, None, began)
+        self.best, self.waited = self.records[-1].held_out, 0
+        self._save_best()
+
+    def _evaluate(self, began: float) -> None:
+        """Ends an interval: a record, the best weights, a checkpoint; and a phase that gains nothing any more."""
+        loss = self._losses / self._losses_added
+        if self.ranks > 1:
+            dist.all_reduce(loss)
+        assert self.begun is not None
+        self._record(self.begun, loss.item() / self.ranks, began)
+        self._losses.zero_()
+        self._losses_added = 0
+        self.waited += 1
+        if self.records[-1].held_out < self.best:
+            self.best, self.waited = self.records[-1].held_out, 0
+            self._save_best()
+        if self.waited >= self.settings.patience:
+            self.step = self.native_steps if self.step < self.native_steps else self.settings.steps
+        self.save()
+
+    def _record(self, phase: str, loss: float | None, began: float) -> None:
+        held_out, flipped = self.held_out_error(), self.codes_flipped()
+        self.seconds = time.monotonic() - began
+        if not math.isfinite(held_out) or not math.isfinite(loss or 0):
+            raise FloatingPointError(f"distill: loss {loss} and held-out error {held_out} at step {self.step}")
+        self.records.append(Record(self.step, phase, loss, held_out, flipped, self.seconds))
+        if self.rank == 0:
+            print(
+                f"distill: step {self.step}/{self.settings.steps} ({phase}) "
+                f"loss {'-' if loss is None else f'{loss:.5f}'} held out {held_out:.5f} "
+                f"{flipped:.2%} of the codes flipped {self.seconds:.0f} s",
+                flush=True,
+            )
+
+    @torch.no_grad()
+    def _save_best(self) -> None:
+        """The student as a ternary transformer's tensors, in float32."""
+        tensors = {name: whole_of(p).cpu() for name, p in self.others.items() if not name.endswith(".log_scale")}
+        for name, latent in self.latents.items():
+            layer = name.removesuffix(".latent")
+            packed_NJ = pack_planes(codes_of(whole_of(latent)).to(torch.int8)).cpu()
+            if self.rank == 0:
+                tensors[f"{layer}.packed"] = packed_NJ
+                tensors[f"{layer}.scale"] = self.others[f"{layer}.log_scale"].exp().cpu()
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.folder / RESULT, tensors)
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step; every rank must call it."""
+        state = {
+            "step": self.step,
+            "waited": self.waited,
+            "best": self.best,
+            "begun": self.begun,
+            "seconds": self.seconds,
+            "records": [asdict(record) for record in self.records],
+        }
+        parts = self._parts()
+        if self.rank == 0:
+            save_checkpoint(self.folder, self.step, parts, state)
+        else:
+            for _ in parts:  # its share in gathering them
+                pass
+        if self.ranks > 1:
+            dist.barrier()  # nobody goes on from a checkpoint that is not whole
+
+    @torch.no_grad()
+    def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for block in self.blocks:
+            part = {}
+            for name in (name for name in self.latents if name.startswith(f"{block}.")):
+                part[name] = whole_of(self.latents[name].detach()).cpu()
+                part[f"{name}.row"] = whole_rows(self.factored.rows[name], self.latents[name]).cpu()
+                part[f"{name}.column"] = self.factored.columns[name].cpu()
+            yield block, part
+        rest = {name: p.detach().cpu() for name, p in self.others.items()}
+        for index, moments in self.adam.state_dict()["state"].items():
+            rest |= {f"adam.{index}.{key}": tensor.cpu() for key, tensor in moments.items()}
+        rest |= {f"rollouts.{key}": tensor for key, tensor in self.rollouts.tensors().items()}
+        yield _REST, rest
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        try:
+            for block in self.blocks:
+                part = checkpoint.part(block)
+                for name in (name for name in self.latents if name.startswith(f"{block}.")):
+                    rows = local_rows(self.latents[name])
+                    local(self.latents[name]).copy_(part[name][rows])
+                    self.factored.rows[name].copy_(part[f"{name}.row"][rows])
+                    self.factored.columns[name].copy_(part[f"{name}.column"])
+            rest = checkpoint.part(_REST)
+            for name, parameter in self.others.items():
+                parameter.copy_(rest[name])
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key in (key for key in rest if key.startswith("adam.")):
+                _, index, moment = key.split(".")
+                moments.setdefault(int(index), {})[moment] = rest[key]
+            groups = self.adam.state_dict()["param_groups"]
+            self.adam.load_state_dict({"state": moments, "param_groups": groups})
+            prefix = "rollouts."
+            self.rollouts.restore({k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)})
+            state = checkpoint.state
+            self.step, self.waited, self.seconds = state["step"], state["waited"], state["seconds"]
+            self.best, self.begun = state["best"], state["begun"]
+            self.records = [Record(**record) for record in state["records"]]
+        except (KeyError, RuntimeError, TypeError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError(
+                f"{checkpoint.folder} is no checkpoint of this training ({problem}): remove {self.folder}"
+            ) from error
+
+
+def finished(folder: Path, steps: int) -> list[Record] | None:
+    """The log of a training of `steps` steps in `folder` that has come to its end; None for any other."""
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None or checkpoint.state["step"] != steps:
+        return None
+    return [Record(**record) for record in checkpoint.state["records"]]
+
+
+def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
+    """The best student in `folder` as a ternary transformer, on the CPU. UserError for a damaged file."""
+    transformer = empty_transformer(config)
+    empty_ternary_linears(transformer)
+    transformer.load_state_dict(load_tensors(folder / RESULT, f"remove {folder} and train from the start"), assign=True)
+    return transformer.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """The same bits in every run where the libraries can: flash attention's backward pass adds up in any order."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switch = torch.utils.deterministic
+    fills = switch.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switch.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

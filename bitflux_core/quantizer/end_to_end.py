@@ -1,0 +1,175 @@
+"""The last phase of a quantization: the whole student trained against the whole teacher.
+
+A process that trains needs no more than an EndToEndTask, whose models and prompts lie in files: here, or on every rank
+of several.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from PIL import Image
+from torch.distributed.device_mesh import DeviceMesh
+
+from bitflux_core.checkpoint import empty_transformer, load_ternary, save_ternary
+from bitflux_core.distill import Conditions
+from bitflux_core.distill_checkpoint import load_tensors, save_tensors
+from bitflux_core.distill_memory import check_memory, memory_plan
+from bitflux_core.distill_recipe import EndToEndSettings, Record
+from bitflux_core.distill_training import EndToEnd, finished, load_result
+from bitflux_core.errors import UserError
+from bitflux_core.files import read_json
+from bitflux_core.generate import ImageGenerator, PromptEmbedding
+from bitflux_core.loading import load_transformer
+from bitflux_core.samples import Sampling
+from bitflux_core.training import use_fast_math
+
+IMAGES = "images"
+REMEDY = "remove the folder and begin again"
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("phase", pa.string(), nullable=False),
+        pa.field("loss", pa.float64()),
+        pa.field("held_out", pa.float64(), nullable=False),
+        pa.field("codes_flipped", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that a training takes: `distinct` ones, and of them by place those trained on and those held out."""
+
+    distinct: tuple[str, ...]
+    trained: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EndToEndTask:
+    """A training in `directory`, which holds all but the teacher: start, conditions, checkpoints, result.
+
+    `images` of the held-out prompts are drawn with every record, the same noise each time, and kept as
+    `images/step-STEP.png` side by side.
+    """
+
+    pipeline_dir: Path
+    directory: Path
+    settings: EndToEndSettings
+    sampling: Sampling
+    trained: tuple[int, ...]
+    held_out: tuple[int, ...]
+    gpus: int = 1
+    images: int = 0
+
+    def prepare(self, start: FluxTransformer2DModel, conditions: Conditions) -> None:
+        """Keeps what `run` reads; what an earlier call kept stays."""
+        if not (self._start / "config.json").is_file():
+            for file in self._start.glob("*"):  # of a run that was killed while it wrote
+                file.unlink()
+            save_ternary(start, self._start, {}, method="start", codes="planes", dtype=torch.float32)
+        if not self._conditions.is_file():
+            save_tensors(self._conditions, vars(conditions))
+
+    @property
+    def prepared(self) -> bool:
+        return (self._start / "config.json").is_file() and self._conditions.is_file()
+
+    def run(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+        """Trains to the end, from the last checkpoint. With `mesh` every rank calls it.
+
+        UserError for too little GPU memory, before anything is loaded, and for damaged files.
+        """
+        if finished(self._training, self.settings.steps):
+            return
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            use_fast_math()
+        conditions = Conditions(**load_tensors(self._conditions, REMEDY))
+        tokens = len(conditions.image_ids_L3) + conditions.prompt_embeds_PTD.shape[1]
+        self.check(tokens, device)
+        teacher = load_transformer("bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device=device, dtype=dtype)
+        start = load_ternary(self._start, dtype=torch.float32, device="cpu")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
+        places = (self.trained, self.held_out)
+        training = EndToEnd(teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh)
+        drawn = self.held_out[: self.images]
+        if not drawn:
+            training.run()
+            return
+        embeddings = [PromptEmbedding(conditions.prompt_embeds_PTD[at], conditions.pooled_PD[at]) for at in drawn]
+        generator = ImageGenerator(training.student, self.pipeline_dir, device, dtype)
+
+        def look(_student: FluxTransformer2DModel, step: int) -> None:
+            """Every rank draws, since all of them hold parts of the student."""
+            images = [
+                generator.draw([embedding], [seed], self.sampling)[0] for seed, embedding in enumerate(embeddings)
+            ]
+            if training.rank == 0:
+                folder = self.directory / IMAGES
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(np.concatenate(images, axis=1)).save(folder / f"step-{step:08}.png")
+
+        training.run(look)
+
+    def check(self, tokens: int, device: torch.device) -> None:
+        """UserError where a step on `tokens` of text and image would not fit the GPU, or the GPUs not the batch."""
+        if self.settings.batch % self.gpus:
+            raise UserError(
+                f"batches of {self.settings.batch} images on {self.gpus} GPUs: take a multiple of {self.gpus}"
+            )
+        plan = memory_plan(
+            empty_transformer(self._config()),
+            batch=self.settings.batch // self.gpus,
+            tokens=tokens,
+            features=self.settings.features,
+            gpus=self.gpus,
+            dtype=torch.bfloat16,
+        )
+        check_memory(plan, device)
+
+    def result(self) -> tuple[FluxTransformer2DModel, list[Record]]:
+        """The best student, ternary and on the CPU, and the log. UserError where the training has not ended."""
+        records = finished(self._training, self.settings.steps)
+        if records is None:
+            raise UserError(f"the training in {self._training} has not ended: run the same command again")
+        return load_result(self._config(), self._training), records
+
+    @property
+    def _start(self) -> Path:
+        return self.directory / "start"
+
+    @property
+    def _conditions(self) -> Path:
+        return self.directory / "conditions.safetensors"
+
+    @property
+    def _training(self) -> Path:
+        return self.directory / "training"
+
+    def _config(self) -> dict:
+        return read_json(self.pipeline_dir / "transformer" / "config.json", "name the folder of a FLUX pipeline")
+
+
+def split_prompts(prompts: Sequence[str], held_out: int, seed: int) -> Prompts:
+    """Holds `held_out` of the distinct prompts out, at random. UserError where none would be left."""
+    distinct = tuple(dict.fromkeys(prompts))
+    if len(distinct) <= held_out:
+        raise UserError(f"{len(distinct)} prompts, of which {held_out} are held out: give more to train on")
+    aside = sorted(random.Random(seed).sample(range(len(distinct)), held_out))
+    place = {prompt: index for index, prompt in enumerate(distinct)}
+    trained = tuple(place[prompt] for prompt in prompts if place[prompt] not in set(aside))
+    return Prompts(distinct, trained, tuple(aside))
+
+
+def write_log(records: Sequence[Record], path: Path) -> None:
+    """Parquet with the columns of `Record`."""
+    pq.write_table(pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA), path)

@@ -1,0 +1,10 @@
+"""How closely a protocol is kept where its own models do not load: part of an evaluator's name."""
+
+COMPBENCH = "t2i-compbench"
+# official: upstream's models as well; compatible: its rules, quirks included; corrected: quirks repaired.
+MODES = ("official", "compatible", "corrected")
+
+
+def in_mode(evaluator: str, mode: str) -> str:
+    """The evaluator that judges by another mode of the same protocol; GenEval has the official one alone."""
+    return f"{COMPBENCH}-{mode}" if evaluator in {f"{COMPBENCH}-{known}" for known in MODES} else evaluator

@@ -1,0 +1,99 @@
+"""The end-to-end phase of a quantization: better than its start, resumed to the same codes, refused before work."""
+
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitflux_core.checkpoint import load_ternary
+from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_training import EndToEnd
+from bitflux_core.errors import UserError
+from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
+from bitflux_core.quantizer.quantize import LOG, quantize
+
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+PROMPTS = tuple(f"a photo of a {colour} {shape}" for colour in COLOURS for shape in ("circle", "star"))
+TRAINING = EndToEndSettings(
+    steps=6, int8_steps=2, batch=4, sampler_steps=4, guidance=2.0, interval=2, slots=4, held_out=2, features=1
+)
+
+
+def ignore(_name, _rows):
+    pass
+
+
+@pytest.fixture
+def trained(settings):
+    """Makes settings of a quantization with TRAINING, or with changes to it."""
+    return lambda **changes: settings(end_to_end=replace(TRAINING, **changes), distill_prompts=PROMPTS)
+
+
+def test_the_checkpoint_holds_the_trained_codes_and_the_log(trained, settings, lively_dir, tmp_path):
+    quantize(lively_dir, tmp_path / "start", settings(), CPU, ignore)
+    made = quantize(lively_dir, tmp_path / "twin", trained(latent_lr=2e-2), CPU, ignore)
+    loaded = load_ternary(tmp_path / "twin", dtype=torch.float32, device="cpu")
+    start = load_file(tmp_path / "start" / WEIGHTS)
+    assert loaded.state_dict().keys() == made.state_dict().keys()
+    assert any(not torch.equal(start[name], tensor) for name, tensor in load_file(tmp_path / "twin" / WEIGHTS).items())
+    log = pq.read_table(tmp_path / "twin" / LOG)
+    assert log.schema.equals(SCHEMA)
+    seen = [(row["step"], row["phase"]) for row in log.to_pylist()]
+    assert seen == [(0, "native"), (2, "native"), (4, "native"), (4, "int8"), (6, "int8")]
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_a_killed_training_goes_on_to_the_same_codes(trained, lively_dir, tmp_path, monkeypatch):
+    quantize(lively_dir, tmp_path / "whole", trained(), CPU, ignore)
+    step = EndToEnd.train_step
+
+    def die(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEnd, "train_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(lively_dir, tmp_path / "resumed", trained(), CPU, ignore)
+    made: list[int] = []
+    monkeypatch.setattr(EndToEnd, "train_step", lambda self: made.append(self.step) or step(self))
+    quantize(lively_dir, tmp_path / "resumed", trained(), CPU, ignore)
+    assert made == [2, 3, 4, 5]
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "resumed" / WEIGHTS).read_bytes()
+
+
+def test_too_few_prompts_are_refused_before_any_work(settings, lively_dir, tmp_path):
+    with pytest.raises(UserError, match="2 prompts, of which 2 are held out"):
+        quantize(lively_dir, tmp_path / "twin", settings(end_to_end=TRAINING, distill_prompts=PROMPTS[:2]), CPU, ignore)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_too_little_memory_is_refused_before_any_work(trained, lively_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1_300_000_000, 80_000_000_000))
+    with pytest.raises(UserError, match=r"end to end takes about 1\.5 GB on each GPU, 1\.3 GB are free"):
+        quantize(lively_dir, tmp_path / "twin", trained(), torch.device("cuda"), ignore)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_refused(trained, lively_dir, tmp_path):
+    with pytest.raises(UserError, match="batches of 4 images on 3 GPUs"):
+        quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore, 3, lambda _: pytest.fail("began"))
+
+
+def test_training_elsewhere_that_did_not_end_is_said(trained, lively_dir, tmp_path):
+    with pytest.raises(UserError, match="has not ended: run the same command again"):
+        quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore, 2, lambda _: None)
+
+
+def test_held_out_prompts_are_not_trained_on_and_repeated_ones_count():
+    prompts = split_prompts(("a", "b", "a", "c", "a", "d"), 1, seed=0)
+    assert prompts.distinct == ("a", "b", "c", "d")
+    assert len(prompts.held_out) == 1
+    expected = [place for place in (0, 1, 0, 2, 0, 3) if place not in prompts.held_out]
+    assert list(prompts.trained) == expected
+    assert split_prompts(prompts.distinct, 2, 1) == split_prompts(prompts.distinct, 2, 1)

@@ -1,0 +1,81 @@
+"""Factored moments as torch's Adafactor has them, unbiased rounding to bfloat16, and gradients freed at once."""
+
+import pytest
+import torch
+from torch import nn
+
+from bitflux_core.distill_optimizer import FactoredInBackward, seed_of, stochastic_round
+
+
+def test_in_float32_it_is_torchs_adafactor():
+    torch.manual_seed(0)
+    mine = nn.Parameter(0.1 * torch.randn(12, 20))
+    theirs = nn.Parameter(mine.detach().clone())
+    # torch multiplies the rate by the weight's RMS, but by at least the second eps: here 1, as if there were no RMS.
+    adafactor = torch.optim.Adafactor([theirs], lr=1e-3, eps=(1e-15, 1.0))
+    factored = FactoredInBackward({"mine": mine}, seed=0)
+    for step in range(20):
+        gradient = torch.randn(12, 20) * torch.rand(12, 1) * (10.0 if step == 7 else 0.1)
+        factored.begin(step, 1e-3)
+        (mine * gradient).sum().backward()
+        theirs.grad = gradient
+        adafactor.step()
+    torch.testing.assert_close(mine, theirs)
+    assert (mine.detach() - theirs.detach()).abs().max() < 1e-6
+
+
+def test_the_gradients_size_does_not_matter():
+    moved = []
+    for size in (1e-9, 1.0):
+        latent = nn.Parameter(torch.zeros(4, 6))
+        FactoredInBackward({"latent": latent}, seed=0).begin(0, rate=1.0)
+        (size * latent).sum().backward()
+        moved.append(latent.detach())
+    torch.testing.assert_close(*moved)
+
+
+def test_gradients_are_freed_layer_by_layer():
+    layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    latents = dict(layers.named_parameters())
+    factored = FactoredInBackward(latents, seed=0)
+    alive = []
+    for latent in latents.values():
+        latent.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(other.grad is not None for other in latents.values()))
+        )
+    before = [latent.detach().clone() for latent in latents.values()]
+    factored.begin(0, 0.1)
+    layers(torch.randn(4, 8)).square().sum().backward()
+    assert alive == [0, 0, 0]
+    assert all(not torch.equal(old, new) for old, new in zip(before, latents.values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [1.0 + 2**-12, -0.3, 2**-9 + 2**-20])
+def test_stochastic_rounding_keeps_the_mean(value):
+    x = torch.full((200_000,), value)
+    rounded = stochastic_round(x.clone(), torch.bfloat16, torch.Generator().manual_seed(0)).float()
+    below, above = rounded.min().item(), rounded.max().item()
+    gap = above - below
+    assert gap == pytest.approx(2**-7 * 2 ** torch.tensor(abs(value)).log2().floor().item())  # neighbours
+    assert rounded.unique().numel() == 2
+    assert abs(rounded.mean().item() - value) < 5 * gap / 2 / len(x) ** 0.5
+
+
+def test_what_bfloat16_holds_is_left_alone():
+    x = torch.randn(1000).bfloat16().float()
+    assert torch.equal(stochastic_round(x.clone(), torch.bfloat16, torch.Generator()).float(), x)
+
+
+def test_small_steps_add_up_in_bfloat16():
+    latent = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    factored = FactoredInBackward({"latent": latent}, seed=0)
+    for step in range(100):
+        factored.begin(step, 1e-4)  # the last bit is 0.004 below 1: to the nearest, nothing would ever move
+        latent.float().sum().backward()
+    assert latent.float().mean().item() == pytest.approx(1 - 0.01, abs=1e-3)
+
+
+def test_seeds_differ_and_fit_a_generator():
+    seeds = {seed_of(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+    assert len(seeds) == 512
+    assert all(0 <= seed < 2**63 for seed in seeds)

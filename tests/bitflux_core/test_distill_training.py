@@ -1,0 +1,204 @@
+"""End-to-end training in little memory: it improves the student, goes on to the same bits, and knows when to stop."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from bitflux_core.convert import quantize_transformer
+from bitflux_core.distill import Conditions, LatentTernaryLinear
+from bitflux_core.distill_checkpoint import latest_checkpoint
+from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_result
+from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
+from bitflux_core.linear import TernaryLinear
+
+CPU = torch.device("cpu")
+SIDE, TEXT, PROMPTS = 2, 4, 24
+SETTINGS = EndToEndSettings(
+    steps=6, int8_steps=2, batch=2, sampler_steps=4, guidance=2.0, slots=4, interval=2, features=1, latent_lr=2e-2
+)
+
+
+@pytest.fixture
+def teacher(transformer):
+    # Fresh adaLN weights leave the velocity almost zero; larger ones give the student something to learn.
+    torch.manual_seed(1)
+    for parameter in transformer.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return transformer
+
+
+@pytest.fixture
+def train(teacher, tmp_path):
+    """Makes the training of SETTINGS with changes, its folder under this name."""
+    torch.manual_seed(2)
+    config = teacher.config
+    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    conditions = Conditions(
+        torch.randn(PROMPTS, TEXT, config.joint_attention_dim),
+        torch.randn(PROMPTS, config.pooled_projection_dim),
+        torch.stack([torch.zeros(SIDE**2), rows.flatten(), columns.flatten()], dim=-1).float(),
+    )
+    start = copy.deepcopy(teacher)
+    quantize_transformer(start)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
+
+    def make(folder: str, held_out=(22, 23), **changes) -> EndToEnd:
+        settings = replace(SETTINGS, **changes)
+        trained = [place for place in range(PROMPTS) if place not in held_out]
+        parts = (copy.deepcopy(teacher), start, scheduler, conditions, trained, held_out, settings, CPU)
+        return EndToEnd(*parts, tmp_path / folder)
+
+    return make
+
+
+def test_training_lowers_the_held_out_error_and_flips_codes(train, tmp_path, teacher):
+    rates = {"latent_lr": 1e-2, "scale_lr": 1e-3, "other_lr": 1e-3}
+    run = train("a", steps=160, int8_steps=40, interval=40, batch=8, slots=8, **rates)
+    records = run.run()
+    assert [record.step for record in records] == [0, 40, 80, 120, 120, 160]
+    assert [record.phase for record in records] == ["native"] * 4 + ["int8"] * 2
+    assert [record.loss is None for record in records] == [True, False, False, False, True, False]
+    assert records[-1].held_out < 0.8 * records[0].held_out
+    assert records[-1].loss < 0.8 * records[1].loss
+    assert 0 == records[0].codes_flipped < records[1].codes_flipped < records[-1].codes_flipped < 0.5
+    assert finished(tmp_path / "a", 160) == records
+
+
+def test_the_result_draws_what_the_student_drew_at_its_best(train, tmp_path, teacher, monkeypatch):
+    run = train("a", steps=4, int8_steps=0)
+    monkeypatch.setattr(run, "held_out_error", iter([0.9, 0.5, 0.7]).__next__)
+    best = []
+    save = run._save_best
+    monkeypatch.setattr(run, "_save_best", lambda: save() or best.append(run._predict(inputs)))
+    inputs = next(iter(run.held_out))
+    run.run()
+    made = load_result(dict(teacher.config), tmp_path / "a")
+    assert all(isinstance(layer, TernaryLinear) for layer in block_linears(made).values())
+    velocity = made(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(velocity, best[-1].detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(velocity, run._predict(inputs), rtol=1e-4, atol=1e-4)  # it went on
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_bfloat16_arithmetic_as_on_a_gpu_learns_too(train, monkeypatch):
+    run = train("a", steps=60, int8_steps=20, interval=20, batch=8, slots=8, latent_lr=1e-2, other_lr=1e-3)
+    run.teacher.bfloat16()
+    monkeypatch.setattr(run, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+    records = run.run()
+    assert [record.step for record in records] == [0, 20, 40, 40, 60]
+    assert records[-1].held_out < 0.9 * records[0].held_out
+
+
+def test_latents_are_bfloat16_and_their_gradients_never_stay(train):
+    run = train("a")
+    assert {p.dtype for p in run.latents.values()} == {torch.bfloat16}
+    assert {p.dtype for p in run.others.values()} == {torch.float32}
+    before = {name: p.detach().clone() for name, p in run.latents.items()}
+    run.train_step()
+    assert all(p.grad is None for p in run.latents.values())
+    assert all(not torch.equal(before[name], p) for name, p in run.latents.items())
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
+    whole = train("whole")
+    whole.run()
+
+    broken = train("broken")
+    monkeypatch.setattr(broken, "held_out_error", iter([0.6, 0.5]).__next__)  # killed in its second interval
+    with pytest.raises(StopIteration):
+        broken.run()
+    assert latest_checkpoint(tmp_path / "broken").state["step"] == 2
+    resumed = train("broken")
+    assert resumed.step == 2
+    resumed.run()
+    for kind in ("latents", "others"):
+        for name, parameter in getattr(whole, kind).items():
+            assert torch.equal(parameter, getattr(resumed, kind)[name]), name
+    assert (tmp_path / "whole" / RESULT).read_bytes() == (tmp_path / "broken" / RESULT).read_bytes()
+    assert [r.step for r in resumed.records] == [0, 2, 4, 4, 6]
+    assert [(r.loss, r.codes_flipped) for r in whole.records] == [(r.loss, r.codes_flipped) for r in resumed.records]
+
+
+def test_a_checkpoint_killed_while_written_does_not_count(train, tmp_path, monkeypatch):
+    run = train("a", steps=4, int8_steps=0)
+    monkeypatch.setattr("bitflux_core.distill_checkpoint.write_json", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        run.run()
+    assert latest_checkpoint(tmp_path / "a") is None
+    monkeypatch.undo()
+    assert train("a", steps=4, int8_steps=0).run()[-1].step == 4
+    assert [path.name for path in (tmp_path / "a").glob("step-*")] == ["step-00000004"]
+
+
+def test_a_damaged_checkpoint_is_refused(train, tmp_path):
+    train("a").run()
+    (tmp_path / "a" / "step-00000006" / "rest.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be read"):
+        train("a")
+
+
+def test_a_phase_that_gains_nothing_ends_early_and_the_best_weights_stay(train, tmp_path, monkeypatch):
+    run = train("a", steps=40, int8_steps=10, patience=2)
+    kept = []
+    monkeypatch.setattr(run, "_save_best", lambda: kept.append(run.step))
+    errors = iter([0.9, 0.5, 0.4, 0.6, 0.4, 0.7, 0.65, 0.8, 0.9])
+    monkeypatch.setattr(run, "held_out_error", errors.__next__)
+    records = run.run()
+    assert [record.step for record in records] == [0, 2, 4, 6, 8, 30, 32, 34, 36]
+    assert [record.phase for record in records] == ["native"] * 5 + ["int8"] * 4
+    assert kept == [0, 2, 4, 30, 32]
+    assert finished(tmp_path / "a", 40) is not None
+
+
+def test_int8_is_simulated_in_the_last_phase_only(train):
+    run = train("a")
+    seen = []
+    for step in range(6):
+        run.train_step()
+        layers = [layer for layer in run.student.modules() if isinstance(layer, LatentTernaryLinear)]
+        assert len({layer.int8_activations for layer in layers}) == 1
+        seen.append((step, layers[0].int8_activations))
+    assert seen == [(step, step >= 4) for step in range(6)]
+
+
+def test_features_pull_on_the_blocks(train):
+    with_features, without = train("a", feature_weight=1.0), train("b", feature_weight=0.0)
+    for run in (with_features, without):
+        run.train_step()
+    assert with_features._losses > without._losses
+    assert any(not torch.equal(p, without.latents[name]) for name, p in with_features.latents.items())
+
+
+def test_prompts_held_out_are_never_trained_on(train):
+    run = train("a", held_out=(0, 5))
+    for _ in range(30):
+        slots = run.rollouts.part_of(run.step)
+        velocity = torch.zeros_like(run.rollouts.latents_SLC[slots])
+        run.rollouts.advance(slots, velocity, velocity, 0.0)
+        run.step += 1
+        assert not {0, 5} & set(run.rollouts.prompt_S.tolist())
+
+
+def test_states_start_spread_and_walk_by_teacher_or_student(train):
+    rollouts = train("a").rollouts
+    assert sorted(rollouts.step_S.tolist()) == [0, 1, 2, 3]
+    rollouts.step_S.zero_()
+    before = rollouts.latents_SLC.clone()
+    everyone = torch.arange(4)
+    ones = torch.ones_like(before)
+    rollouts.advance(everyone, ones, -ones, 0.25)
+    moved = (rollouts.latents_SLC - before).mean(dim=(1, 2)).sign()
+    assert sorted(moved.tolist()) == [-1, -1, -1, 1]  # noise falls: the teacher's direction lowers x, one is own
+    rollouts.step_S.fill_(3)
+    rollouts.advance(everyone, ones, ones, 0.0)
+    assert rollouts.step_S.tolist() == [0] * 4
+    assert rollouts.lap_S.tolist() == [1] * 4
+    assert rollouts.latents_SLC.std() == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(rollouts.latents_SLC, before)  # another lap, other noise
