@@ -17,6 +17,7 @@ from cluster.evaluator import EvaluatorActor
 from cluster.exported_images import planned_export, write_export
 from cluster.image_layouts import CompBenchLayout, GenEvalLayout
 from cluster.imported_images import ImageFolder, ImportedReplica, check_seen, find_images, import_plan
+from cluster.imported_results import RecordedEvaluator, read_results
 from cluster.plan import build_plan
 from cluster.rescoring import rescoring_plan, rescoring_run_id
 from cluster.store import ResultStore
@@ -56,11 +57,10 @@ class Looker:
         if fault := image_fault(image):
             return Score.failed(fault)
         red, green, blue = (float(value) for value in image.mean(axis=(0, 1)))
-        found = [
-            {"label": label, "score": round(v / 255, 4), "box": [0.0, 1.0, v, 9.5]}
-            for label, v in (("car", red), ("dog", green), ("car", blue))
-        ]
-        return Score(round(red / 255, 4), red > 60, f"{about['prompt']}: {green}", found)
+        shares = zip(("car", "dog", "car"), (red, green, blue), strict=True)
+        found = [{"label": label, "score": round(v / 255, 4), "box": [0.0, 1.0, v, 9.5]} for label, v in shares]
+        found.sort(key=lambda one: -one["score"])
+        return Score(round(red / 255, 4), round(red * 16) % 2 == 1, f"{about['prompt']}: {green}", found)
 
 
 class LookingEvaluator(EvaluatorActor):
@@ -102,7 +102,7 @@ def export(drawn, tmp_path):
 def score(tmp_path):
     """Scores a folder and returns plan and rows by prompt and image."""
 
-    def run(folder: Path, layout: str, workload: Workload = TOY, name: str = "imported"):
+    def run(folder: Path, layout: str, workload: Workload = TOY, name: str = "imported", *, recorded: bool = False):
         plan = import_plan(PROFILE, workload, "theirs", None, None)
         counts = [workload.images_per_prompt]
         made = {"geneval": GenEvalLayout(workload.prompts), "t2i-compbench": CompBenchLayout(workload.prompts, counts)}
@@ -110,6 +110,9 @@ def score(tmp_path):
         plan = replace(plan, fingerprints={"theirs": images.fingerprint})
         store = ResultStore(str(tmp_path / "results"), name)
         read = workers(store, in_process(ImportedReplica, images), in_process(StoredEncoder))
+        if recorded:
+            results = read_results(images.folder, layout, images.found)
+            read = replace(read, evaluator=in_process(RecordedEvaluator, "toy", results, store))
         summary, rows = finished_run(plan, store, workers=read, replicas=1)
         return images, summary, {(row["prompt_index"], row["image_index"]): row for row in rows}
 
@@ -137,6 +140,74 @@ def test_an_exported_run_scores_as_it_did(drawn, export, score, layout):
     assert (model.storage_bytes, model.seconds_per_image, model.fingerprint) == (None, None, images.fingerprint)
 
 
+def test_geneval_results_read_back(drawn, export, score):
+    _, _, rows = score(export("geneval"), "geneval", recorded=True)
+    original = scored(drawn.read_rows().to_pylist(), "ternary")
+    assert len({row["correct"] for row in original.values()}) == 2
+    right_or_wrong = {place: {**row, "score": float(row["correct"])} for place, row in original.items()}
+    assert scored([*rows.values()], "theirs") == right_or_wrong
+
+
+def test_compbench_results_read_back(drawn, export, score):
+    _, _, rows = score(export("t2i-compbench"), "t2i-compbench", recorded=True)
+    original = scored(drawn.read_rows().to_pylist(), "ternary")
+    kept = ("score", "image_digest", "error")
+    assert {p: [r[k] for k in kept] for p, r in rows.items()} == {p: [r[k] for k in kept] for p, r in original.items()}
+
+
+def test_results_numbered_by_order_or_by_file_are_the_same(export, score):
+    """Upstream counts BLIP-VQA's and CLIP's results from 0, whatever the files are numbered."""
+    folder = export("t2i-compbench")
+    for path in (folder / "spatial" / "samples").iterdir():
+        path.unlink() if "_000001" in path.name else None
+    by_file = folder / "spatial" / "labels" / "annotation_obj_detection_2d" / "vqa_result.json"
+    results = [result for result in json.loads(by_file.read_text()) if result["question_id"] != 1]
+    by_file.write_text(json.dumps(results[::-1]))
+    _, _, before = score(folder, "t2i-compbench", recorded=True)
+    by_file.write_text(json.dumps([{**result, "question_id": i} for i, result in enumerate(results)]))
+    _, _, after = score(folder, "t2i-compbench", recorded=True, name="after")
+    assert before[1, 1]["score"] is None
+    assert before[1, 3]["score"] == results[-1]["answer"]
+    assert {p: r["score"] for p, r in before.items()} == {p: r["score"] for p, r in after.items()}
+
+
+def test_an_image_without_a_result_is_an_error(export, score):
+    folder = export("geneval")
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    _, summary, rows = score(folder, "geneval", recorded=True)
+    assert summary.n_failed == 1
+    assert rows[0, 0]["error"] == "the result files have no score of it"
+    assert rows[0, 0]["image_path"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "text"),
+    [
+        ("geneval", "results.jsonl", "{}\n"),
+        ("geneval", "results.jsonl", "[]\n"),
+        ("geneval", "results.jsonl", "not JSON\n"),
+        ("t2i-compbench", "color/annotation_blip/vqa_result.json", '[{"question_id": 0, "answer": "high"}]'),
+        ("t2i-compbench", "color/annotation_blip/vqa_result.json", '[{"question_id": 0, "answer": NaN}]'),
+        ("t2i-compbench", "color/annotation_blip/vqa_result.json", "{"),
+    ],
+)
+def test_a_damaged_result_file_is_named(export, score, layout, name, text):
+    folder = export(layout)
+    (folder / name).unlink()
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match="not a result file") as error:
+        score(folder, layout, recorded=True)
+    assert name in str(error.value)
+
+
+def test_a_folder_without_result_files_is_named(export, score):
+    folder = export("geneval")
+    (folder / "results.jsonl").unlink()
+    with pytest.raises(UserError, match="no result file"):
+        score(folder, "geneval", recorded=True)
+
+
 def test_geneval_files_are_upstreams(drawn, export):
     folder = export("geneval")
     assert json.loads((folder / "00002" / "metadata.jsonl").read_text()) == TOY.prompts[2].metadata
@@ -148,11 +219,10 @@ def test_geneval_files_are_upstreams(drawn, export):
         assert (folder / line["filename"]).read_bytes() == drawn.read(row["image_path"])
         assert [line[key] for key in ("tag", "prompt", "correct")] == [row[key] for key in ("tag", "prompt", "correct")]
         assert json.loads(line["metadata"])["prompt"] == row["prompt"]
-        first, second, third = json.loads(row["detections"])
-        assert json.loads(line["details"]) == {
-            "car": [[*first["box"], first["score"]], [*third["box"], third["score"]]],
-            "dog": [[*second["box"], second["score"]]],
-        }
+        details: dict[str, list] = {}
+        for one in json.loads(row["detections"]):
+            details.setdefault(one["label"], []).append([*one["box"], one["score"]])
+        assert json.loads(line["details"]) == details
 
 
 def test_compbench_files_are_upstreams(drawn, export):
@@ -193,6 +263,10 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
     damaged = bytearray(noise.getvalue())
     damaged[len(damaged) // 2] ^= 0xFF
     at(2, 1).write_bytes(damaged)
+    at(3, 0).unlink()
+    at(3, 0).symlink_to(folder / "nowhere")
+    at(3, 1).unlink()
+    at(3, 1).symlink_to(folder / "00004")
     save(at(2, 2), Image.fromarray(pixels))  # of another size, and good
     save(at(2, 3), Image.fromarray(pixels[:1, :1]), "JPEG")  # so is this, under the wrong name
     return {
@@ -206,6 +280,8 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
         (1, 3): "no such file",
         (2, 0): "scale it down",
         (2, 1): "cannot be read",
+        (3, 0): "no such file",
+        (3, 1): "cannot be read",
     }
 
 

@@ -13,6 +13,7 @@ from cluster.manifests import REPOSITORY
 from cluster.store import ResultStore
 from jobs import _ray, images
 
+BENCHMARKS = {"geneval": "mini-geneval", "t2i-compbench": "mini-t2i-compbench"}  # by layout
 SCORED = ("pair_id", "score", "correct", "reason", "detections", "image_digest", "tag", "prompt", "error")
 
 
@@ -22,9 +23,13 @@ def command(job: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def scored(output: Path, run: str) -> dict:
+def scored(output: Path, run: str, benchmark: str | None = None) -> dict:
     rows = ResultStore(str(output), run).read_rows().to_pylist()
-    return {(row["prompt_index"], row["image_index"]): {key: row[key] for key in SCORED} for row in rows}
+    return {
+        (row["benchmark"], row["prompt_index"], row["image_index"]): {key: row[key] for key in SCORED}
+        for row in rows
+        if benchmark in (None, row["benchmark"])
+    }
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,7 @@ def caller(profile, tmp_path_factory) -> Path:
     """The folder that the jobs are called from, with a complete run of two images of one prompt a tag."""
     folder = tmp_path_factory.mktemp("caller")
     drawing = ("--profile", profile, "--variants", "bf16", "--run-id", "drawn", "--replicas", "1")
+    drawing = (*drawing, "--benchmarks", ",".join(BENCHMARKS.values()))
     done = command("eval_all.py", *drawing, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -40,13 +46,13 @@ def caller(profile, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(caller) -> Path:
     for layout in images.LAYOUTS:
-        to = str(caller / layout)
-        assert images.main(["export", *run(caller), "--layout", layout, "--to", to, "--json"]) == 0
+        assert images.main([*export(caller, layout), "--to", str(caller / layout), "--json"]) == 0
     return caller
 
 
-def run(caller: Path) -> list[str]:
-    return ["--run-id", "drawn", "--output", str(caller / "results")]
+def export(caller: Path, layout: str) -> list[str]:
+    run = ["--run-id", "drawn", "--output", str(caller / "results")]
+    return ["export", *run, "--layout", layout, "--benchmark", BENCHMARKS[layout]]
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +66,30 @@ def test_exported_images_score_as_they_did(caller, imported):
     verdict = json.loads(imported.stdout)
     assert verdict == json.loads((caller / "results" / "run_id=imported" / "verdict.json").read_text())
     assert (verdict["verdict"], verdict["n_expected"], verdict["n_failed"]) == ("complete", 12, 0)
-    assert scored(caller / "results", "imported") == scored(caller / "results", "drawn")
+    assert scored(caller / "results", "imported") == scored(caller / "results", "drawn", "mini-geneval")
     assert [model["variant"] for model in verdict["models"]] == ["imported"]
     assert "made elsewhere" in imported.stderr
 
 
 @pytest.mark.slow  # a Ray of its own
 def test_bad_images_cost_their_rows_only(exported, profile):
-    samples = exported / "t2i-compbench" / "colors" / "samples"
+    samples = exported / "t2i-compbench" / "texture" / "samples"
     first, second = sorted(samples.iterdir())
     first.write_bytes(first.read_bytes()[:100])
     with Image.open(second) as image:
         image.resize((200, 90)).save(second)
-    asked = ("--layout", "t2i-compbench", "--from", "t2i-compbench", "--benchmark", "mini-geneval", "--run-id", "bad")
-    done = command("images.py", "score", "--profile", profile, *asked, cwd=exported)
+    asked = ("--layout", "t2i-compbench", "--from", "t2i-compbench", "--benchmark", "mini-t2i-compbench")
+    done = command("images.py", "score", "--profile", profile, *asked, "--run-id", "bad", cwd=exported)
     assert done.returncode == 0, done.stderr
     assert "imported, scores in %" in done.stdout
     assert "1 images failed" in done.stderr
-    rows, original = scored(exported / "results", "bad"), scored(exported / "results", "drawn")
-    (failed,) = (place for place, row in rows.items() if row["error"])
-    assert rows[failed]["tag"] == "colors"
+    rows = scored(exported / "results", "bad")
+    original = scored(exported / "results", "drawn", "mini-t2i-compbench")
+    changed = {place for place, row in rows.items() if row != original[place]}
+    assert len(changed) == 2
+    assert {rows[place]["tag"] for place in changed} == {"texture"}
+    (failed,) = (place for place in changed if rows[place]["error"])
     assert first.name in rows[failed]["error"]
-    other = (failed[0], 1 - failed[1])
-    assert rows[other]["image_digest"] != original[other]["image_digest"]
-    assert {p: r for p, r in rows.items() if p[0] != failed[0]} == {
-        p: r for p, r in original.items() if p[0] != failed[0]
-    }
 
 
 @pytest.mark.slow  # a Ray of its own
@@ -106,30 +110,34 @@ def test_a_run_scores_again_without_drawing(caller, profile, capsys, monkeypatch
 
 def test_export_says_what_it_wrote(caller, tmp_path, capsys):
     to = str(tmp_path / "new" / "folder")
-    assert images.main(["export", *run(caller), "--layout", "geneval", "--to", to]) == 0
+    assert images.main([*export(caller, "geneval"), "--to", to]) == 0
     assert "12 images and 12 scores of 12 bf16 samples" in capsys.readouterr().out
-    assert images.main(["export", *run(caller), "--layout", "geneval", "--to", str(tmp_path / "j"), "--json"]) == 0
+    assert images.main([*export(caller, "geneval"), "--to", str(tmp_path / "j"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["run_id"], said["n_expected"], said["n_images"], said["n_scored"]) == ("drawn", 12, 12, 12)
 
 
 SCORE = ["score", "--layout", "geneval", "--from", "geneval", "--benchmark"]
-EXPORT = ["export", "--run-id", "drawn", "--layout", "geneval", "--to", "new"]
+EXPORT = ["export", "--run-id", "drawn", "--layout", "geneval", "--to", "new", "--benchmark", "mini-geneval"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ([], "export|score|rescore"),
-        (["export", "--run-id", "drawn", "--layout", "geneval", "--to", "geneval"], "not empty"),
+        ([*EXPORT, "--to", "geneval"], "not empty"),
         (["export", "--run-id", "absent", "--layout", "geneval", "--to", "new"], "no complete run absent"),
         ([*EXPORT, "--variant", "ternary"], "the run has bf16"),
         ([*EXPORT, "--benchmark", "unknown"], "unknown benchmark 'unknown'"),
-        (["export", "--run-id", "drawn", "--layout", "coco", "--to", "new"], "--layout"),
+        ([*EXPORT, "--layout", "coco"], "--layout"),
+        (EXPORT[:-2], "choose one with --benchmark: the run has mini-geneval, mini-t2i-compbench"),
+        ([*EXPORT, "--benchmark", "t2i-compbench", "--data-dir", "absent"], "absent"),
         ([*SCORE, "unknown"], "unknown benchmark 'unknown'"),
         ([*SCORE, "mini-geneval", "--from", "absent"], "no such folder"),
         ([*SCORE, "mini-geneval", "--from", "results"], "none of its"),
         ([*SCORE, "mini-geneval", "--variant", "a/b"], "--variant"),
+        ([*SCORE, "all", "--data-dir", str(REPOSITORY)], "all"),
+        ([*SCORE, "mini-geneval", "--layout", "t2i-compbench", "--their-scores"], "none of its"),
         ([*SCORE, "mini-geneval", "--variant", "detector"], "--variant detector"),
         ([*SCORE, "mini-geneval", "--profile", "unknown"], "unknown profile 'unknown'"),
         (["rescore", "--run-id", "absent"], "no complete run absent"),
