@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from cluster.rows import ScoredImage
 from cluster.store import ResultStore
 
 if TYPE_CHECKING:
-    from evaluators.base import Evaluator
+    from evaluators.base import Evaluator, NoImage
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,23 @@ class EvaluatorActor:
                     check_detector(self._store.uri, evaluator.self_test(device_name(device)))
             self._evaluators = {benchmark: built[name] for benchmark, name in self._names.items()}
 
-    def score(self, key: ShardKey, wanted: list[ImageToScore], images: np.ndarray) -> list[ScoredImage]:
-        """Scores and writes images uint8 [N, H, W, 3] of shard `key`, one for each of `wanted`.
+    def score(
+        self, key: ShardKey, wanted: list[ImageToScore], images: "Sequence[np.ndarray | NoImage]"
+    ) -> list[ScoredImage]:
+        """Scores and writes the images of shard `key`, each uint8 [H, W, 3], one for each of `wanted`.
 
         Raises StorageError where an image cannot be written.
         """
         evaluator = self._evaluators[key.benchmark]
         with poisoned_process_ends():
-            scores = evaluator.score(list(images), [image.metadata for image in wanted])
+            # What is no image goes along: evaluators answer it with an error.
+            scores = evaluator.score(list(images), [image.metadata for image in wanted])  # type: ignore[arg-type]
         scored = []
         for image, score, pixels in zip(wanted, scores, images, strict=True):
-            digest = pixel_digest(pixels)
-            path = self._store.write_image(key, image.prompt_index, image.image_index, digest, to_png(pixels))
+            path = digest = None
+            if isinstance(pixels, np.ndarray):
+                digest = pixel_digest(pixels)
+                path = self._store.write_image(key, image.prompt_index, image.image_index, digest, to_png(pixels))
             scored.append(
                 ScoredImage(
                     score.score,

@@ -76,29 +76,31 @@ class ModelUse:
 
 @dataclass(frozen=True)
 class DrawReport:
-    """What a replica says about the images of one call: seconds of each, in the order of the kept slots.
+    """What a replica says about the images of one call: seconds of each, in the order of the kept slots. The Nones
+    stand where no model drew them here.
 
     `batch_sizes`, in the same order: None for an image drawn in the plan's batch, else the size that memory sufficed
     for. Empty where all were drawn in the plan's batches.
     """
 
-    seconds: tuple[float, ...]
+    seconds: tuple[float | None, ...]
     host: str
-    use: ModelUse
+    use: ModelUse | None
     batch_sizes: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """What an evaluator says about one image. `detections` is JSON; `error` is set where it could not be scored."""
+    """What an evaluator says about one image. `detections` is JSON; `error` is set where it could not be scored, and
+    path and digest are None where it is no image."""
 
     score: float | None
     correct: bool | None
     reason: str
     detections: str
     error: str | None
-    image_path: str
-    image_digest: str
+    image_path: str | None
+    image_digest: str | None
     evaluator_fingerprint: str
 
 

@@ -55,7 +55,7 @@ class RunSummary:
 def run(
     plan: Plan,
     profile: Profile,
-    files: "ModelFiles",
+    files: "ModelFiles | None",
     store: ResultStore,
     *,
     replicas: int | None = None,
@@ -68,9 +68,9 @@ def run(
 
     Ray must be initialised. Call it in the main thread: SIGTERM and SIGINT end the run early, with what is scored
     committed. `replicas` None takes as many as the cluster holds, now and later; `workers` replaces the actors that
-    hold real models; `observer` is told what happens meanwhile. Raises UserError for what the user can mend: an output
-    that cannot be written or holds another plan, models that cannot be loaded, a prompt that is too long. The run's
-    name stays free then, unless something was committed.
+    hold the models of `files`, which may be None then; `observer` is told what happens meanwhile. Raises UserError for
+    what the user can mend: an output that cannot be written or holds another plan, models that cannot be loaded, a
+    prompt that is too long. The run's name stays free then, unless something was committed.
     """
     store.open(plan)
     manifest = store.manifest()
@@ -87,7 +87,9 @@ def run(
         proven = {key.variant for key, record in found.items() if record.n_failed < record.n_rows}
         try:
             size.check()
-            workers = workers or model_workers(plan, profile, files, store)
+            if workers is None:
+                assert files is not None, "models, or workers that need none"
+                workers = model_workers(plan, profile, files, store)
             limits, observer = limits or Limits(), observer or SilentObserver()
             scheduler = Scheduler(plan, missing, store, workers, size, limits, proven, counter.add, observer)
             reason = asyncio.run(_draw(scheduler))

@@ -215,7 +215,7 @@ class Scheduler:
         self._drawable.add(variant)
         self._pace.observe(variant, assignment.slots / replica.speed, seconds)
         self._observer.stage_ended("draw", seconds)
-        self._observer.replica_busy(slot.name, sum(report.seconds))
+        self._observer.replica_busy(slot.name, sum(filter(None, report.seconds)))
         if self._assignments.end(assignment, slot.name, drawn=True):
             return Drawn(assignment.piece, report, images, slot.name)
         return None

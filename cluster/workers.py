@@ -1,8 +1,9 @@
 """The actors of a run and what each asks Ray for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -39,8 +40,6 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     asked = profile.resources
     on_gpus = uses_gpus(asked)
     text_encoder = actor_class(TextEncoderActor, HELPER_CPUS, asked.text_encoder_gpus if on_gpus else 0)
-    evaluator = actor_class(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if on_gpus else 0)
-    evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}
 
     @cache
     def replica(gpu_type: GpuType = None) -> Any:
@@ -49,9 +48,19 @@ def model_workers(plan: Plan, profile: Profile, files: "ModelFiles", store: Resu
     return Workers(
         lambda *gpu_type: replica(*gpu_type).remote(files.pipeline, files.ternary, plan.dtype, plan.sampling),
         lambda: text_encoder.remote(files.pipeline, plan.dtype, plan.sampling.max_sequence_length),
-        lambda: evaluator.remote(evaluators, files.scoring, store),
+        evaluator_actors(plan, profile, files.scoring, store),
         asked.evaluators,
     )
+
+
+def evaluator_actors(
+    plan: Plan, profile: Profile, models: Mapping[str, Path | str], store: ResultStore
+) -> Callable[[], Any]:
+    """How to make an evaluator of the plan's benchmarks; `models` are what it needs, by role."""
+    asked = profile.resources
+    evaluator = actor_class(EvaluatorActor, HELPER_CPUS, asked.evaluator_gpus if uses_gpus(asked) else 0)
+    evaluators = {workload.name: workload.evaluator for workload in plan.workloads.values()}
+    return lambda: evaluator.remote(evaluators, models, store)
 
 
 def actor_class(cls: type, cpus: float, gpus: float = 0, gpu_type: GpuType = None) -> Any:

@@ -45,6 +45,13 @@ class Score:
         return cls(score=None, correct=None, reason="", error=error)
 
 
+@dataclass(frozen=True)
+class NoImage:
+    """Stands where an image should be that cannot be had, and says why."""
+
+    reason: str
+
+
 class Detector(Protocol):
     """Finds objects of the classes in `labels`. `fingerprint` names the weights and settings its results depend on."""
 
@@ -138,6 +145,8 @@ class Evaluator(Protocol):
 
 def image_fault(image: object) -> str | None:
     """Why `image` is not an image that can be scored, or None."""
+    if isinstance(image, NoImage):
+        return image.reason
     if not isinstance(image, np.ndarray):
         return f"an image must be a numpy array, got {type(image).__name__}"
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

@@ -1,7 +1,7 @@
 """What the jobs that draw check before anything is drawn: the profile, the variants, the models, the prompts."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +43,29 @@ def located(profile: Profile, plan: Plan, variants: Sequence[str]) -> "tuple[Mod
     # Importing torch takes longest: only after what can be refused without it.
     from bitflux_core.prompts import check_prompt_lengths
     from cluster.model_files import fingerprints, locate_models
-    from evaluators.registry import check_prompts
 
     models = locate_models(profile, variants, [workload.evaluator for workload in plan.workloads.values()])
     check_prompt_lengths(models.pipeline, plan.prompts, profile.sampling.max_sequence_length)
+    _check_metadata(plan, models.scoring)
+    return models, fingerprints(models, variants)
+
+
+def located_evaluators(profile: Profile, plan: Plan) -> tuple[dict[str, Path | str], dict[str, str]]:
+    """What the plan's evaluators need, by role, and its fingerprints; errors as of `located`."""
+    from cluster.model_files import LANGUAGE, ModelFiles, fingerprints, locate, needed_roles
+    from evaluators.language import language
+
+    roles = needed_roles([workload.evaluator for workload in plan.workloads.values()], ())
+    models: dict[str, Path | str] = {**locate(profile, [role for role in roles if role not in ("pipeline", LANGUAGE)])}
+    if LANGUAGE in roles:
+        models[LANGUAGE] = language(profile.models.language).name
+    _check_metadata(plan, models)
+    return models, fingerprints(ModelFiles(Path(), None, models), ())  # no variant draws: the pipeline is not read
+
+
+def _check_metadata(plan: Plan, models: Mapping[str, Path | str]) -> None:
+    from evaluators.registry import check_prompts
+
     for workload in plan.workloads.values():
         metadata = {prompt.text: prompt.metadata for prompt in workload.prompts.values()}
-        check_prompts(workload.evaluator, metadata, workload.name, models.scoring)
-    return models, fingerprints(models, variants)
+        check_prompts(workload.evaluator, metadata, workload.name, models)

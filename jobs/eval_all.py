@@ -4,14 +4,11 @@ The results are the checkpoint: the same command continues a run that was interr
 complete. Exit code 0: complete, 2: bad input, 3: incomplete; verdict.json beside the results says the same, and why.
 """
 
-import contextlib
-import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
@@ -19,19 +16,12 @@ from cluster.profile import Profile
 from cluster.store import ResultStore
 from evaluators.modes import MODES
 from jobs import _ray
-from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, Parser, console_on, exit_code_of, names, positive, run_id
-from jobs._fidelity_report import fidelity_document, fidelity_of, print_fidelity
+from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
 from jobs._model_report import check_models
 from jobs._plan_cost import measured_seconds, plan_costs
 from jobs._plan_report import print_plan
-from jobs._progress import ProgressReport
-from jobs._report import counts, document, print_report, scores_of
-from jobs._verdict import Verdict
-
-if TYPE_CHECKING:
-    from cluster.model_files import ModelFiles
-    from cluster.run import RunSummary
+from jobs._run import Prepared, run_and_report
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -72,27 +62,7 @@ def _evaluate(args: Namespace) -> int:
         return check_models(console, chosen_profile(args))
     if args.measured:
         raise UserError("--measured tells --dry-run what to count with: give both or neither")
-    # Before anything else can go wrong: an earlier job's verdict must not stand for this one.
-    from cluster.output import check_output
-
-    with Verdict(check_output(_asked(args), [], _ray.in_submitted_job())) as verdict:
-        profile, plan = _planned(args)
-        # Whatever a library prints must not land in the JSON document.
-        with contextlib.redirect_stdout(sys.stderr):
-            plan, store, summary = _draw(args, profile, plan, verdict)
-            if not summary.complete:
-                verdict.end(
-                    INCOMPLETE, summary.reason, counts(summary)
-                )  # a stopped job may be killed before the scores
-            scores = scores_of(plan, store)
-        print_report(console, plan, store, summary, scores)
-        fidelity = fidelity_of(plan, store) if summary.complete else []
-        print_fidelity(console, fidelity)
-        exit_code = COMPLETE if summary.complete else INCOMPLETE
-        answer = verdict.end(exit_code, summary.reason, document(summary, scores) | fidelity_document(fidelity))
-        if args.json:
-            print(json.dumps(answer, indent=2))
-        return exit_code
+    return run_and_report(args, lambda output: _prepared(args, output))
 
 
 def _planned(args: Namespace) -> tuple[Profile, Plan]:
@@ -103,45 +73,14 @@ def _planned(args: Namespace) -> tuple[Profile, Plan]:
     return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 
 
-def _draw(args: Namespace, profile: Profile, plan: Plan, verdict: Verdict) -> tuple[Plan, ResultStore, "RunSummary"]:
-    """Draws and scores what the store lacks; the plan that comes back knows the models' fingerprints."""
-    # Importing torch takes longest: only after what can be refused without it.
-    from cluster.metrics import RayMetrics
-    from cluster.output import alive_nodes, check_output
-    from cluster.run import run
-
-    models, fingerprints = located(profile, plan, profile.variants)
+def _prepared(args: Namespace, output: str) -> Prepared:
+    profile, plan = _planned(args)
+    files, fingerprints = located(profile, plan, profile.variants)
     plan = replace(plan, fingerprints=fingerprints)
-    submitted = _ray.in_submitted_job()
-    store = ResultStore(check_output(_asked(args), [], submitted), _run_id(args, plan))
+    store = ResultStore(output, _run_id(args, plan))
     if args.fresh and store.plan_digest():
         raise UserError(f"run {store.run_id} exists and --fresh replaces nothing; leave out --fresh or --run-id")
-    store.open(plan)
-    verdict.begin(store)
-    complete = store.manifest() is not None  # then it is only read
-    with contextlib.nullcontext() if complete else _ray.connected():
-        if not complete:
-            check_output(_asked(args), alive_nodes(), submitted)
-        with ProgressReport(console_on(sys.stderr)) as progress:
-            observer = None if complete else RayMetrics(store.run_id)
-            summary = run(plan, profile, models, store, replicas=args.replicas, progress=progress, observer=observer)
-        if summary.complete:
-            _compare_images(plan, profile, models, store, connected=not complete)
-    return plan, store, summary
-
-
-def _compare_images(plan: Plan, profile: Profile, models: "ModelFiles", store: ResultStore, connected: bool) -> None:
-    """Compares the images that have not been compared with their full-precision twins."""
-    from cluster.fidelity import measure_fidelity, unmeasured
-
-    if missing := unmeasured(plan, store):
-        clip = models.scoring.get("clip") or models.scoring.get("clip_score")
-        with contextlib.nullcontext() if connected else _ray.connected():
-            measure_fidelity(plan, missing, profile, Path(clip) if clip else None, store)
-
-
-def _asked(args: Namespace) -> str:
-    return DEFAULT_OUTPUT if args.output is None else args.output
+    return Prepared(profile, plan, store, args.replicas, files)
 
 
 def _run_id(args: Namespace, plan: Plan) -> str:
