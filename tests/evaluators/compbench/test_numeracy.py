@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Found, at
+from compbench_fakes import Found, at
 
 from evaluators.compbench.numeracy import (
     NUMBERS,

@@ -1,7 +1,7 @@
 """The frame, the thresholds and the overlaps that the rules share."""
 
 import pytest
-from conftest import at
+from compbench_fakes import at
 
 from evaluators.base import Detection
 from evaluators.compbench.objects import first_and_last_noun, frame_scale, framed, iou, overlap

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import Found, at
+from compbench_fakes import Found, at
 
 from evaluators.compbench.spatial import (
     DepthJudge,
