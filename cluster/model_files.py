@@ -28,6 +28,7 @@ MARKERS = {
     "named_detector": ("config.json",),
     "depth": ("config.json",),
     "clip_score": ("open_clip_config.json",),
+    "judge": ("config.json",),
 }
 LANGUAGE = "language"  # a role that is no folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

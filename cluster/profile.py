@@ -23,9 +23,9 @@ class _Declaration(BaseModel):
 class Models(_Declaration):
     """Where the weights are: a folder (absolute, or relative to the profile's file or the repository) or a hub id.
 
-    GenEval is scored by `detector` and `clip`, T2I-CompBench by `vqa`, `named_detector`, `depth` and `clip_score`; what
-    no benchmark of a run needs may be missing. `language` is no model of a folder but the tool that takes prompts
-    apart: spaCy, our rules, or spaCy where it is installed.
+    GenEval is scored by `detector` and `clip`, T2I-CompBench by `vqa`, `named_detector`, `depth` and `clip_score`, or
+    by `judge` alone; what no benchmark of a run needs may be missing. `language` is no model of a folder but the tool that
+    takes prompts apart: spaCy, our rules, or spaCy where it is installed.
     """
 
     pipeline: str
@@ -36,6 +36,7 @@ class Models(_Declaration):
     named_detector: str | None = None
     depth: str | None = None
     clip_score: str | None = None
+    judge: str | None = None
     language: Literal["auto", "spacy", "rules"] = "auto"
 
 
@@ -85,7 +86,7 @@ class Profile(_Declaration):
     dtype: Literal["float32", "bfloat16", "float16"]
     benchmarks: Names
     variants: Names
-    mode: Literal["official", "compatible", "corrected"] = "compatible"
+    mode: Literal["official", "compatible", "corrected", "judge"] = "compatible"
     limit: PositiveInt | None = None
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     resources: Resources = Resources()

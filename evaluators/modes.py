@@ -1,8 +1,9 @@
 """How closely a protocol is kept where its own models do not load: part of an evaluator's name."""
 
 COMPBENCH = "t2i-compbench"
-# official: upstream's models as well; compatible: its rules, quirks included; corrected: quirks repaired.
-MODES = ("official", "compatible", "corrected")
+# official: upstream's models as well; compatible: its rules, quirks included; corrected: quirks repaired; judge:
+# T2I-CompBench++'s multimodal judge in place of all of them.
+MODES = ("official", "compatible", "corrected", "judge")
 
 
 def in_mode(evaluator: str, mode: str) -> str:

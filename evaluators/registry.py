@@ -19,6 +19,7 @@ from evaluators.geneval_classes import GENEVAL_CLASSES
 from evaluators.language import language
 from evaluators.mask2former import configured_labels
 from evaluators.modes import COMPBENCH
+from evaluators.multimodal_judge import JudgeEvaluator, MultimodalModel
 from evaluators.open_vocabulary import load_named_detector
 
 # Folders by role, and under `LANGUAGE` the name of the tool that takes prompts apart.
@@ -67,10 +68,15 @@ def _compbench(mode: Mode) -> _Kind:
     return _Kind(("vqa", "named_detector", "depth", "clip_score", LANGUAGE), build, lambda _: check_metadata)
 
 
+def _judged(models: Models, device: str, batch_size: int) -> Evaluator:
+    return JudgeEvaluator(MultimodalModel(models["judge"], device), language(str(models[LANGUAGE])))
+
+
 EVALUATORS: dict[str, _Kind] = {
     "geneval": _geneval(GENEVAL_CLASSES),
     "mini-geneval": _geneval(None),
     **{f"{COMPBENCH}-{mode}": _compbench(mode) for mode in get_args(Mode)},
+    f"{COMPBENCH}-judge": _Kind(("judge", LANGUAGE), _judged, lambda _: check_metadata),
 }
 
 
