@@ -4,6 +4,7 @@
     <uri>/run_id=<id>/variant=<v>/benchmark=<b>/shard-00042.parquet         one file a shard, while the run goes on
     <uri>/run_id=<id>/variant=<v>/benchmark=<b>/rows-00000-00511.parquet    at its end: all rows of shards 0 to 511
     <uri>/run_id=<id>/images/<v>/<b>/<prompt>_<image>-<digest>.png          what the rows point to
+    <uri>/run_id=<id>/fidelity/variant=<v>/benchmark=<b>/shard-00042.parquet    images against their twins
     <uri>/run_id=<id>/_manifest.json                                        written last: the run is complete
 
 Every file is written once and never changed. A shard is done when its own file or a merged one that covers it exists;
@@ -132,6 +133,21 @@ class ResultStore:
     def keep_record(self, folder: str, name: str, record: dict[str, Any]) -> None:
         """Writes something about the run beside its rows. Raises StorageError."""
         self._publish(f"{folder}/{name}.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+    def write_once(self, name: str, content: bytes) -> bool:
+        """Writes a file beside the rows; False where it was there before. Raises StorageError."""
+        return self._publish(name, content)
+
+    def names_under(self, folder: str) -> list[str]:
+        """Names of the files in `folder`'s folders by variant and benchmark. Raises StorageError."""
+        self._fs.invalidate_cache()
+        return [
+            f"{folder}/{variant}/{benchmark}/{file}"
+            for variant in self._list(folder)
+            for benchmark in self._list(f"{folder}/{variant}")
+            for file in self._list(f"{folder}/{variant}/{benchmark}")
+            if file.endswith(".parquet")
+        ]
 
     def records(self, folder: str) -> list[dict[str, Any]]:
         """What `keep_record` put into `folder`, by name. Raises StorageError."""

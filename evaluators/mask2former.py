@@ -8,8 +8,7 @@ Legend: B images, Q queries, C classes, K candidates, U queries with a candidate
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
-from transformers.utils import logging as transformers_logging
 
 from bitflux_core.errors import UserError
 from evaluators.base import Box, Detection, image_fault
-from evaluators.inference import exact_inference, fingerprint, model_folder, pad_batch, unloadable
+from evaluators.inference import exact_inference, fingerprint, load_pretrained, model_folder, pad_batch, unloadable
 
 LONG_SIDE, SHORT_SIDE = 1333, 800  # keep-ratio resize to (1333, 800), for a model whose folder asks for a resize
 TOP_CANDIDATES = 100  # the best of queries x classes
@@ -167,7 +164,7 @@ class Mask2FormerDetector(Mask2Former):
         Raises UserError where the folder is missing, incomplete, damaged, or has another number of classes.
         """
         folder = model_folder(model_dir, "detector", ("config.json", "preprocessor_config.json"))
-        self.model = _load(folder, torch.device(device))
+        self.model = load_pretrained(Mask2FormerForUniversalSegmentation, folder, "detector", device)
         try:
             preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
         except (KeyError, ValueError) as fault:
@@ -227,33 +224,3 @@ def mask_extent(mask_HW: np.ndarray) -> Box:
     columns = np.flatnonzero(mask_HW.any(axis=0))
     rows = np.flatnonzero(mask_HW.any(axis=1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars from transformers, and no warning that a backbone other than Swin may not work: they do."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _load(folder: Path, device: torch.device) -> Mask2FormerForUniversalSegmentation:
-    try:
-        with _quiet():
-            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
-        raise unloadable(folder, "detector", fault) from fault
-    model, report = loaded
-    # transformers fills what a checkpoint lacks with random numbers and only warns.
-    if report["missing_keys"] or report["mismatched_keys"]:
-        lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-        raise unloadable(folder, "detector", f"{len(lacking)} tensors lacking or misshapen, {lacking[0]} the first")
-    return model.to(device).eval()

@@ -90,7 +90,9 @@ class OwlDetector(_ZeroShotDetector):
     @exact_inference()
     def _detect(self, image: np.ndarray, names: list[str]) -> list[Detection]:
         texts = [[OWL_PROMPT.format(name=name) for name in names]]
-        inputs = self.processor(text=texts, images=Image.fromarray(image), return_tensors="pt").to(self.device)
+        # A rare word can have more tokens than the model takes: it is asked for by those that fit.
+        inputs = self.processor(text=texts, images=Image.fromarray(image), truncation=True, return_tensors="pt")
+        inputs = inputs.to(self.device)
         output = self.model(**inputs)
         [result] = self.processor.post_process_grounded_object_detection(
             output, threshold=self.min_score, target_sizes=[image.shape[:2]], text_labels=[names]

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.plan import Plan
@@ -13,6 +14,7 @@ from cluster.profile import Profile
 from cluster.store import ResultStore
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, console_on
+from jobs._fidelity_report import fidelity_document, fidelity_of, print_fidelity
 from jobs._progress import ProgressReport
 from jobs._report import counts, document, print_report, scores_of
 from jobs._verdict import Verdict
@@ -56,9 +58,12 @@ def run_and_report(args: Namespace, prepare: Callable[[str], Prepared]) -> int:
                     INCOMPLETE, summary.reason, counts(summary)
                 )  # a stopped job may be killed before the scores
             scores = scores_of(plan, store)
-        print_report(console_on(sys.stderr if args.json else sys.stdout), plan, store, summary, scores)
+            fidelity = fidelity_of(plan, store) if summary.complete else []
+        console = console_on(sys.stderr if args.json else sys.stdout)
+        print_fidelity(console, fidelity)
+        print_report(console, plan, store, summary, scores)
         exit_code = COMPLETE if summary.complete else INCOMPLETE
-        answer = verdict.end(exit_code, summary.reason, document(summary, scores))
+        answer = verdict.end(exit_code, summary.reason, document(summary, scores) | fidelity_document(fidelity))
         if args.json:
             print(json.dumps(answer, indent=2))
         return exit_code
@@ -66,6 +71,7 @@ def run_and_report(args: Namespace, prepare: Callable[[str], Prepared]) -> int:
 
 def _run(args: Namespace, prepared: Prepared, verdict: Verdict) -> "RunSummary":
     """Draws and scores what the store lacks."""
+    from cluster.fidelity import unmeasured
     from cluster.metrics import RayMetrics
     from cluster.output import alive_nodes, check_output
     from cluster.run import run
@@ -74,12 +80,13 @@ def _run(args: Namespace, prepared: Prepared, verdict: Verdict) -> "RunSummary":
     store.open(plan)
     verdict.begin(store)
     complete = store.manifest() is not None  # then it is only read
-    with contextlib.nullcontext() if complete else _ray.connected():
+    uncompared = unmeasured(plan, store) if complete else []
+    with contextlib.nullcontext() if complete and not uncompared else _ray.connected():
         if not complete:
             check_output(_asked(args), alive_nodes(), _ray.in_submitted_job())
         workers = prepared.workers() if prepared.workers and not complete else None
         with ProgressReport(console_on(sys.stderr)) as progress:
-            return run(
+            summary = run(
                 plan,
                 prepared.profile,
                 prepared.files,
@@ -89,6 +96,20 @@ def _run(args: Namespace, prepared: Prepared, verdict: Verdict) -> "RunSummary":
                 workers=workers,
                 observer=None if complete else RayMetrics(store.run_id),
             )
+        if summary.complete:
+            _compare_images(prepared)
+    return summary
+
+
+def _compare_images(prepared: Prepared) -> None:
+    """Compares the images that have not been compared with their full-precision twins."""
+    from cluster.fidelity import measure_fidelity, unmeasured
+
+    plan, store = prepared.plan, prepared.store
+    if missing := unmeasured(plan, store):
+        models = prepared.files.scoring if prepared.files else {}
+        clip = models.get("clip") or models.get("clip_score")
+        measure_fidelity(plan, missing, prepared.profile, Path(clip) if clip else None, store)
 
 
 def _asked(args: Namespace) -> str:

@@ -1,7 +1,8 @@
 """Asks the results with SQL: `python jobs/query.py "SELECT tag, avg(score) FROM results GROUP BY tag"`.
 
-DuckDB over the Parquet files of the runs under --output, as the view `results`. Only complete runs (those with a
-manifest) are in it, unless --partial asks for the shards of unfinished ones too.
+DuckDB over the Parquet files of the runs under --output, as the views `results` and `fidelity` (images against their
+full-precision twins). Only complete runs (those with a manifest) are in them, unless --partial asks for the shards of
+unfinished ones too.
 """
 
 import csv
@@ -58,7 +59,7 @@ def _query(args: Namespace) -> int:
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, output: str, run: str | None, partial: bool) -> None:
-    """Makes the view `results` over the chosen runs' Parquet files, and closes the connection to all other files.
+    """Makes the views over the chosen runs' Parquet files, and closes the connection to all other files.
 
     UserError where there are none.
     """
@@ -72,11 +73,14 @@ def create_view(connection: duckdb.DuckDBPyConnection, output: str, run: str | N
     filesystem, _ = fsspec.url_to_fs(output)
     if not isinstance(filesystem, LocalFileSystem):
         connection.register_filesystem(filesystem)
+    compared = [f"{store.run_uri}/{name}" for store in chosen for name in store.names_under("fidelity")]
     try:
-        connection.read_parquet(files, union_by_name=True, hive_partitioning=False).create_view("results")
+        for view, some in (("results", files), ("fidelity", compared)):
+            if some:
+                connection.read_parquet(some, union_by_name=True, hive_partitioning=False).create_view(view)
     except (duckdb.Error, OSError) as error:
         raise UserError(f"--output {output}: {error}") from error
-    connection.execute("SET allowed_paths = $1", [files])
+    connection.execute("SET allowed_paths = $1", [files + compared])
     connection.execute("SET enable_external_access = false")
 
 

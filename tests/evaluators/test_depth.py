@@ -1,8 +1,12 @@
 """The depth model: its frame, its range, and that images do not see each other."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
 
 from bitflux_core.errors import UserError
@@ -68,3 +72,18 @@ def test_a_folder_that_lacks_weights_is_named(tmp_path, folder):
         DptDepthEstimator(tmp_path)
     with pytest.raises(UserError, match="has no config"):
         DptDepthEstimator(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_as_published_loads(tmp_path, folder):
+    """Without the residual unit of the first fusion layer, which never runs; any other tensor must be there."""
+    tensors = load_file(folder / "model.safetensors")
+    lacking = {name for name in tensors if "fusion_stage.layers.0.residual_layer1" in name}
+    assert lacking
+    published = Path(shutil.copytree(folder, tmp_path / "published"))
+    save_file({name: tensors[name] for name in tensors.keys() - lacking}, published / "model.safetensors")
+    picture = noise(4)
+    assert np.array_equal(*(DptDepthEstimator(path).depth([picture])[0] for path in (folder, published)))
+    lacking.add("neck.fusion_stage.layers.1.residual_layer1.convolution1.weight")
+    save_file({name: tensors[name] for name in tensors.keys() - lacking}, published / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 tensors lacking or misshapen, neck\.fusion_stage\.layers\.1"):
+        DptDepthEstimator(published)

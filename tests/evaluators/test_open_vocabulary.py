@@ -124,6 +124,24 @@ def test_boxes_lie_in_the_image(detector, size):
         assert 0 <= y1 < y2 <= height
 
 
+def test_owl_squares_an_image_below_and_boxes_are_the_images_own(owl):
+    detector = load_named_detector(owl, "cpu", 0.01)
+    image = noise(2, 64, 96)
+    square = np.zeros((96, 96, 3), np.uint8)
+    square[:64] = image
+    [wide], [whole] = (detector.detect_named([one], [["cat"]]) for one in (image, square))
+    inside = [row for row in rows(whole) if row[2][3] < 64]
+    assert inside
+    assert [row for row in rows(wide) if row[2][3] < 64] == inside
+
+
+def test_a_name_with_more_tokens_than_owl_takes_is_cut(owl):
+    """OWL takes 16 tokens, and a word in another script can have as many."""
+    name = "cat " * 20
+    [found] = load_named_detector(owl, "cpu", 0.01).detect_named([noise(2)], [[name]])
+    assert {one.label for one in found} == {name}
+
+
 def test_only_what_scores_more_than_the_least_is_found(owl, grounding):
     for folder in (owl, grounding):
         everything = load_named_detector(folder, "cpu", 0.01).detect_named([noise(3)], [["cat"]])[0]

@@ -100,6 +100,17 @@ def test_the_results_answer_questions(finished, capsys):
     assert rows[1:] == [["56", "28", "56", "0"]]
 
 
+def test_every_image_is_compared_with_its_twin(finished, capsys):
+    verdict = json.loads((finished[0] / "results" / "verdict.json").read_text())
+    found = {(one["variant"], one["benchmark"]): (one["n_compared"], one["n_expected"]) for one in verdict["fidelity"]}
+    assert found == {("ternary", "mini-geneval"): (12, 12), ("ternary", "mini-t2i-compbench"): (16, 16)}
+    assert all(one["measures"]["psnr_db"][0] < 60 for one in verdict["fidelity"])
+    assert "signal over error in dB" in finished[1].stdout
+    sql = "SELECT count(psnr_db), count(f.error) FROM fidelity f JOIN results r USING (pair_id, variant)"
+    assert query.main([sql, "--output", str(finished[0] / "results"), "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "28,0"
+
+
 def test_a_fresh_run_has_a_name_of_its_own_and_one_that_stopped_says_so(finished, profile, monkeypatch, capsys):
     """The run is stopped before its first image: no Ray, no replica."""
     folder, _ = finished

@@ -16,6 +16,8 @@ from jobs import _ray, images
 BENCHMARKS = {"geneval": "mini-geneval", "t2i-compbench": "mini-t2i-compbench"}  # by layout
 SCORED = ("pair_id", "score", "correct", "reason", "detections", "image_digest", "tag", "prompt", "error")
 
+pytestmark = pytest.mark.slow  # whole runs, each on a Ray of its own
+
 
 def command(job: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(REPOSITORY / "jobs" / job), *arguments]
@@ -72,7 +74,6 @@ def test_exported_images_score_as_they_did(caller, imported):
     assert "made elsewhere" in imported.stderr
 
 
-@pytest.mark.slow  # a Ray of its own
 def test_bad_images_cost_their_rows_only(exported, profile):
     samples = exported / "t2i-compbench" / "texture" / "samples"
     first, second = sorted(samples.iterdir())
@@ -93,7 +94,6 @@ def test_bad_images_cost_their_rows_only(exported, profile):
     assert first.name in rows[failed]["error"]
 
 
-@pytest.mark.slow  # a Ray of its own
 def test_a_run_scores_again_without_drawing(caller, profile, capsys, monkeypatch):
     # The id may be left out: it is made from the run, the evaluators and the code.
     asked = ("--run-id", "drawn", "--profile", profile)

@@ -25,6 +25,21 @@ PLURALS = {
     "girls": "girl",
     "ships": "ship",
 }
+BY_HAND = {
+    "two boys": [("person", 2)],
+    "seven women": [("person", 7)],
+    "six people gathered for a picnic": [("person", 6)],  # no picnic in the list
+    "four ships": [("boat", 4)],
+    "three fish": [("fish", 3)],
+    "four goldfish": [("fish", 4)],
+    "five knives": [("knife", 5)],
+    "six televisions": [("television", 6)],  # upstream's "telivision" renames nothing
+    "three deer and four bowls": [("deer", 3), ("bowl", 4)],
+    "three paintings and one knife": [("picture", 3), ("knife", 1)],
+    "two plates and three mice": [("plate", 2), ("mouse", 3)],
+    "two men and four deer": [("person", 2), ("deer", 4)],
+    "one bottle, one girl, one desk and two bananas": [("bottle", 1), ("person", 1), ("desk", 1), ("banana", 2)],
+}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +71,9 @@ def test_every_upstream_prompt_asks_for_something():
     assert len(prompts) == 300
     found = [parse_objects(prompt, plurals) for prompt in prompts]
     assert all(found)
+    for prompt, objects in BY_HAND.items():
+        assert prompt in prompts
+        assert parse_objects(prompt, plurals) == objects
     # As many objects as number words, but for a few whose object is not in the list.
     numbers = [sum(word in NUMBERS for word in prompt.lower().replace(",", "").split()) for prompt in prompts]
     assert sum(len(objects) == n for objects, n in zip(found, numbers, strict=True)) >= 0.95 * len(prompts)
