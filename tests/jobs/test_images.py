@@ -47,6 +47,7 @@ def caller(profile, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(caller) -> Path:
+    (caller / "both.yaml").write_text(f"benchmarks: [{', '.join(BENCHMARKS.values())}]")
     for layout in images.LAYOUTS:
         assert images.main([*export(caller, layout), "--to", str(caller / layout), "--json"]) == 0
     return caller
@@ -136,6 +137,7 @@ EXPORT = ["export", "--run-id", "drawn", "--layout", "geneval", "--to", "new", "
         ([*SCORE, "mini-geneval", "--from", "absent"], "no such folder"),
         ([*SCORE, "mini-geneval", "--from", "results"], "none of its"),
         ([*SCORE, "mini-geneval", "--variant", "a/b"], "--variant"),
+        ([*SCORE, "both.yaml"], "both.yaml stands for mini-geneval, mini-t2i-compbench: name one of them"),
         ([*SCORE, "mini-geneval", "--layout", "t2i-compbench", "--their-scores"], "none of its"),
         ([*SCORE, "mini-geneval", "--variant", "detector"], "--variant detector"),
         ([*SCORE, "mini-geneval", "--profile", "unknown"], "unknown profile 'unknown'"),
