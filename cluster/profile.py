@@ -24,8 +24,8 @@ class Models(_Declaration):
     """Where the weights are: a folder (absolute, or relative to the profile's file or the repository) or a hub id.
 
     GenEval is scored by `detector` and `clip`, T2I-CompBench by `vqa`, `named_detector`, `depth` and `clip_score`, or
-    by `judge` alone; what no benchmark of a run needs may be missing. `language` is no model of a folder but the tool that
-    takes prompts apart: spaCy, our rules, or spaCy where it is installed.
+    by `judge` alone; what no benchmark of a run needs may be missing. `language` is no model of a folder but the tool
+    that takes prompts apart: spaCy, our rules, or spaCy where it is installed.
     """
 
     pipeline: str
