@@ -9,6 +9,7 @@ from cluster_fakes import Faults, fake_workers, finished_run, small_plan
 from cluster.evaluator import to_png
 from cluster.fidelity import BASELINE, FidelityActor, _pairs, file_name, read_fidelity, unmeasured
 from cluster.store import ResultStore
+from evaluators.fidelity import FidelityMeter
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def run(tmp_path, monkeypatch):
 
 def measure(plan, store, keys):
     actor, pairs = FidelityActor(None, store), _pairs(plan, store)
+    actor._meter = FidelityMeter(None)  # else it would ask Ray for its device
     for key in keys:
         actor.measure(key, pairs[key])
 

@@ -201,6 +201,7 @@ def test_the_scheduler_for_real(tmp_path):
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".parquet"]
 
 
+@pytest.mark.slow  # two runs, each on a Ray of its own
 def test_scaling_draws_through_the_scheduler(tmp_path):
     """On cores in place of GPUs, where nothing can be said of the efficiency."""
     command = [sys.executable, "jobs/bench.py", "scaling", "--tiny", "--gpus", "1,2", "--images", "2", "--steps", "1"]

@@ -47,6 +47,7 @@ def test_the_checkpoint_holds_the_trained_codes_and_the_log(trained, settings, l
     assert not (tmp_path / "twin.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_codes(trained, lively_dir, tmp_path, monkeypatch):
     quantize(lively_dir, tmp_path / "whole", trained(), CPU, ignore)
     step = EndToEnd.train_step
