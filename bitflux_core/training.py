@@ -154,3 +154,37 @@ class RunningMean:
     @property
     def mean(self) -> Tensor:
         return self.value / self.weight
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    step_loss: Callable[[], Tensor],
+    *,
+    steps: int,
+    device: torch.device,
+    learning_rate: float,
+    weight_decay: float,
+    average_decay: float,
+) -> Tensor:
+    """Trains `model` by AdamW on what `step_loss` returns, and leaves averaged weights in it; the loss's last mean."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=weight_decay, fused=device.type == "cuda"
+    )
+    average = Average(model.parameters(), average_decay)
+    progress, loss_mean = Progress(name, steps), RunningMean(device)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * warmup_then_cosine(step, steps)
+        loss = step_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        loss_mean.add(loss)
+        progress.report(step, loss_mean.mean)
+    average.copy_to_live()
+    model.eval()
+    return loss_mean.mean

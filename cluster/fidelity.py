@@ -82,8 +82,8 @@ class FidelityActor:
         self._store.write_once(file_name(key), sink.getvalue())
 
     def _rows(self, key: ShardKey, pairs: list[ImagePair]) -> list[dict[str, Any]]:
-        references, images = ([self._read(name) for name in names] for names in zip(*_files(pairs), strict=True))
-        found = self._loaded().measure(references, images)
+        references = [self._read(pair.reference) for pair in pairs]
+        found = self._loaded().measure(references, [self._read(pair.image) for pair in pairs])
         rows = []
         for pair, result in zip(pairs, found, strict=True):
             about = {
@@ -156,10 +156,6 @@ def read_fidelity(store: ResultStore) -> pa.Table:
     names = sorted(store.names_under(FOLDER))
     tables = [pq.read_table(pa.BufferReader(store.read(name))) for name in names]
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-
-
-def _files(pairs: list[ImagePair]) -> list[tuple[str | None, str | None]]:
-    return [(pair.reference, pair.image) for pair in pairs]
 
 
 def _pairs(plan: Plan, store: ResultStore) -> dict[ShardKey, list[ImagePair]]:

@@ -5,9 +5,9 @@ files, the companions, which the manifest tells apart by their role.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator
 
@@ -19,6 +19,9 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", NUMERACY, "n
 COMPLEX_KINDS = ("spatial", "action", "spatialaction")
 COMPANIONS = {NUMERACY: ("objects",), COMPLEX: tuple(f"complex-{kind}" for kind in COMPLEX_KINDS)}
 PARTI_COLUMNS = ["Prompt", "Category", "Challenge", "Note"]
+
+
+Line = TypeVar("Line", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,7 @@ def checked_tag(tag: str) -> str:
 
 def parse_geneval(source: Source, _: Companions) -> Iterator[ParsedPrompt]:
     """GenEval's metadata: on each line {tag, include: [{class, count, color?, position?}], exclude?, prompt}."""
-    name = source.name
-    for line, text in enumerate(_lines(source), start=1):
-        try:
-            metadata = json.loads(text)
-            checked = _GenEvalLine.model_validate(metadata)
-        except ValidationError as error:
-            raise UserError(f"{name} line {line}: {describe(error)}") from error
-        except ValueError as error:
-            raise UserError(f"{name} line {line}: not a JSON object ({error})") from error
+    for line, metadata, checked in _json_lines(source, enumerate(_lines(source), start=1), _GenEvalLine):
         yield ParsedPrompt(line, checked.tag, checked.prompt, metadata)
 
 
@@ -128,15 +123,23 @@ def parse_compbench(source: Source, companions: Companions) -> Iterator[ParsedPr
 
 def parse_categories(source: Source, _: Companions) -> Iterator[ParsedPrompt]:
     """T2I-CompBench's metadata: {category, prompt, objects?, kind?} on each line; the categories are the tags."""
-    for line, text in _filled_lines(source):
+    for line, metadata, checked in _json_lines(source, _filled_lines(source), _CategoryLine):
+        yield ParsedPrompt(line, checked.category, checked.prompt, metadata)
+
+
+def _json_lines(
+    source: Source, lines: Iterable[tuple[int, str]], model: type[Line]
+) -> Iterator[tuple[int, dict, Line]]:
+    """Number, object and checked object of each line."""
+    for line, text in lines:
         try:
             metadata = json.loads(text)
-            checked = _CategoryLine.model_validate(metadata)
+            checked = model.model_validate(metadata)
         except ValidationError as error:
             raise UserError(f"{source.name} line {line}: {describe(error)}") from error
         except ValueError as error:
             raise UserError(f"{source.name} line {line}: not a JSON object ({error})") from error
-        yield ParsedPrompt(line, checked.category, checked.prompt, metadata)
+        yield line, metadata, checked
 
 
 def parse_parti(source: Source, _: Companions) -> Iterator[ParsedPrompt]:

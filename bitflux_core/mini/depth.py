@@ -12,7 +12,7 @@ from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import SIZE, PromptTable, depth_map, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
 from bitflux_core.mini.world import IN_FRONT, INSIDE
-from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
+from bitflux_core.training import fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
@@ -67,31 +67,26 @@ def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device:
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    average = Average(model.parameters(), AVERAGE_DECAY)
-    progress, error = Progress("depth", steps), RunningMean(device)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+
+    def step_loss() -> Tensor:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
         image, masks = render(scenes, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             found = predicted_depth(model, wear(image, generator))
-        loss = (found - depth_map(scenes, masks)).abs().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        error.add(loss)
-        progress.report(step, error.mean)
-    average.copy_to_live()
-    model.eval()
-    return error.mean.item()
+        return (found - depth_map(scenes, masks)).abs().mean()
+
+    error = fit(
+        "depth",
+        model,
+        step_loss,
+        steps=steps,
+        device=device,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.01,
+        average_decay=AVERAGE_DECAY,
+    )
+    return error.item()
 
 
 def save_depth(model: DPTForDepthEstimation, directory: Path) -> None:

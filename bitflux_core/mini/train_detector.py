@@ -8,7 +8,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.detector import batched_loss, normalise
 from bitflux_core.mini.render import NO_SHAPE, PromptTable, render, sample_scenes
-from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
+from bitflux_core.training import fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
@@ -38,27 +38,22 @@ def train_detector(
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    average = Average(model.parameters(), AVERAGE_DECAY)
-    progress, loss_mean = Progress("detector", steps), RunningMean(device)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+
+    def step_loss() -> Tensor:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
         image, masks = render(scenes, generator)
         labels = torch.where(scenes.shapes_BO == NO_SHAPE, model.config.num_labels, scenes.shapes_BO)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = batched_loss(model, normalise(wear(image, generator)), masks, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        loss_mean.add(loss)
-        progress.report(step, loss_mean.mean)
-    average.copy_to_live()
-    model.eval()
+            return batched_loss(model, normalise(wear(image, generator)), masks, labels)
+
+    fit(
+        "detector",
+        model,
+        step_loss,
+        steps=steps,
+        device=device,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.01,
+        average_decay=AVERAGE_DECAY,
+    )

@@ -18,7 +18,7 @@ from bitflux_core.mini.render import NO_SHAPE, PromptTable, Scenes, render, samp
 from bitflux_core.mini.train_detector import wear
 from bitflux_core.mini.vqa import IMAGE_MEAN, IMAGE_STD, NO, YES, answer_logits, question_tokens
 from bitflux_core.mini.world import ANY, COLORS, FORMS, MAX_OBJECTS, SHAPES, TEXTURES, article
-from bitflux_core.training import Average, Progress, RunningMean, warmup_then_cosine
+from bitflux_core.training import RunningMean, fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
@@ -135,7 +135,7 @@ def train_vqa(
     device: torch.device,
     seed: int,
 ) -> float:
-    """Trains `model` in place; returns its accuracy over the last tenth of the steps."""
+    """Trains `model` in place; returns its accuracy over the last hundred steps or so."""
     specs, weights = training_prompts()
     # A prompt that names an attribute is worth more here than one that does not.
     weights = [
@@ -148,31 +148,27 @@ def train_vqa(
     answers = torch.tensor(tokenizer.convert_tokens_to_ids([NO, YES]), device=device)
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05, fused=device.type == "cuda"
-    )
-    average = Average(model.parameters(), AVERAGE_DECAY)
-    progress, loss_mean, right = Progress("vqa", steps), RunningMean(device), RunningMean(device)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
+    right = RunningMean(device)
+
+    def step_loss() -> Tensor:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
         image = wear(render(scenes, generator)[0], generator)
         question, truth = ask(scenes, named_P[index], generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = answer_logits(model, normalise(image), phrases.ids_QT[question], phrases.mask_QT[question])
-        loss = F.cross_entropy(logits.float(), answers[truth.long()])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        loss_mean.add(loss)
         yes = logits[:, answers[1]] > logits[:, answers[0]]
         right.add((yes == truth).float().mean())
-        progress.report(step, loss_mean.mean)
-    average.copy_to_live()
-    model.eval()
+        return F.cross_entropy(logits.float(), answers[truth.long()])
+
+    fit(
+        "vqa",
+        model,
+        step_loss,
+        steps=steps,
+        device=device,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.05,
+        average_decay=AVERAGE_DECAY,
+    )
     return right.mean.item()
