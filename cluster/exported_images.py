@@ -17,11 +17,12 @@ import fsspec
 
 from bitflux_core.errors import UserError
 from cluster.failing_storage import describe
-from cluster.image_layouts import ATTRIBUTES, GENEVAL_RESULTS, CompBenchLayout, GenEvalLayout, compbench_results
+from cluster.image_layouts import GENEVAL_RESULTS, CompBenchLayout, GenEvalLayout, compbench_results
 from cluster.rescoring import drawn_benchmark
 from cluster.store import ResultStore
 from cluster.workload import PromptRecord, Workload
 from cluster.write_once import publish
+from evaluators.compbench.categories import ATTRIBUTES
 
 WRITERS = 8
 COLUMNS = ["variant", "benchmark", "tag", "prompt", "prompt_index", "image_index"]

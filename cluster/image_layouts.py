@@ -15,11 +15,11 @@ from typing import Protocol
 
 from bitflux_core.errors import UserError
 from cluster.workload import PromptRecord
+from evaluators.compbench.categories import ATTRIBUTES
 
 LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 
 GENEVAL_RESULTS = "results.jsonl"
-ATTRIBUTES = ("color", "shape", "texture")
 # Where upstream's evaluators put each category's results.
 ANNOTATIONS = {
     **dict.fromkeys(ATTRIBUTES, "annotation_blip"),

@@ -13,9 +13,8 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_valid
 
 from bitflux_core.errors import UserError
 from cluster.manifests import describe
+from evaluators.compbench.categories import CATEGORIES, COMPLEX, NUMERACY
 
-NUMERACY, COMPLEX = "numeracy", "complex"
-CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", NUMERACY, "non_spatial", COMPLEX)
 COMPLEX_KINDS = ("spatial", "action", "spatialaction")
 COMPANIONS = {NUMERACY: ("objects",), COMPLEX: tuple(f"complex-{kind}" for kind in COMPLEX_KINDS)}
 PARTI_COLUMNS = ["Prompt", "Category", "Challenge", "Note"]

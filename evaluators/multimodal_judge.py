@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluators.base import Language, Score, image_fault
 from evaluators.compbench.attributes import questions_of
-from evaluators.compbench.evaluator import ATTRIBUTES, check_metadata
+from evaluators.compbench.categories import ATTRIBUTES
+from evaluators.compbench.evaluator import check_metadata
 from evaluators.inference import exact_inference, fingerprint, load_pretrained, model_folder, unloadable
 
 ROLE = "judge"

@@ -16,6 +16,7 @@ from evaluators.base import (
 )
 from evaluators.clip import ClipModel
 from evaluators.compbench.attributes import AttributeJudge
+from evaluators.compbench.categories import ATTRIBUTES, CATEGORIES, COMPLEX, NUMERACY
 from evaluators.compbench.complex import PARTS, ComplexJudge
 from evaluators.compbench.judgment import Judgment
 from evaluators.compbench.non_spatial import ClipScoreJudge
@@ -24,8 +25,6 @@ from evaluators.compbench.spatial import DepthJudge, Mode, SpatialJudge
 from evaluators.inference import fingerprint
 
 PROTOCOL = "t2i-compbench"
-ATTRIBUTES = ("color", "shape", "texture")
-CATEGORIES = (*ATTRIBUTES, "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 
 Metadata = Mapping[str, Any]
 Judge = Callable[[Sequence[np.ndarray], Sequence[Metadata]], list[Judgment]]
@@ -38,11 +37,11 @@ def check_metadata(metadata: Metadata) -> None:
         raise ValueError(f"unknown category {category!r}: must be one of {', '.join(CATEGORIES)}")
     if not isinstance(metadata.get("prompt"), str):
         raise ValueError("metadata must have the prompt")
-    if category == "numeracy":
+    if category == NUMERACY:
         objects = metadata.get("objects")
         if not isinstance(objects, list) or not all(_is_wanted(one) for one in objects):
             raise ValueError(f"numeracy needs objects [[name, number], ...], not {objects!r}")
-    if category == "complex" and metadata.get("kind") not in PARTS:
+    if category == COMPLEX and metadata.get("kind") not in PARTS:
         raise ValueError(f"complex needs a kind of {', '.join(PARTS)}, not {metadata.get('kind')!r}")
 
 
@@ -72,9 +71,9 @@ class CompBenchEvaluator:
             **dict.fromkeys(ATTRIBUTES, _of_prompts(attributes.judge)),
             "spatial": _of_prompts(spatial.judge),
             "3d_spatial": _of_prompts(in_depth.judge),
-            "numeracy": lambda images, about: numeracy.judge(images, [one["objects"] for one in about]),
+            NUMERACY: lambda images, about: numeracy.judge(images, [one["objects"] for one in about]),
             "non_spatial": _of_prompts(clip_score.judge),
-            "complex": lambda images, about: composed.judge(
+            COMPLEX: lambda images, about: composed.judge(
                 images, [one["prompt"] for one in about], [one["kind"] for one in about]
             ),
         }

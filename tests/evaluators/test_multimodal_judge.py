@@ -17,7 +17,7 @@ from transformers import (
 
 from bitflux_core.errors import UserError
 from evaluators import multimodal_judge
-from evaluators.compbench.evaluator import CATEGORIES
+from evaluators.compbench.categories import CATEGORIES
 from evaluators.language import RuleLanguage
 from evaluators.multimodal_judge import (
     FOCUS,

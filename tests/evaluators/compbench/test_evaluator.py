@@ -8,7 +8,8 @@ from bitflux_core.mini.compositions import benchmark_prompts, metadata
 from bitflux_core.mini.models import WEIGHTS
 from evaluators.base import Detection
 from evaluators.clip import ClipModel
-from evaluators.compbench.evaluator import CATEGORIES, CompBenchEvaluator, check_metadata
+from evaluators.compbench.categories import CATEGORIES
+from evaluators.compbench.evaluator import CompBenchEvaluator, check_metadata
 from evaluators.compbench.non_spatial import ClipScoreJudge
 from evaluators.language import RuleLanguage
 
