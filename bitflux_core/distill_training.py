@@ -47,8 +47,8 @@ class EndToEnd:
 
     `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
     where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
-    and keeps its rows of teacher and latents. UserError for a batch that the ranks cannot share and for a damaged
-    checkpoint.
+    and keeps its rows of teacher and latents. `compiled` steps run torch.compile's kernels. UserError
+    for a batch that the ranks cannot share and for a damaged checkpoint.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class EndToEnd:
         device: torch.device,
         folder: Path,
         mesh: DeviceMesh | None = None,
+        compiled: bool = False,
     ):
         """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
         self.settings, self.device, self.folder = settings, device, folder
@@ -132,6 +133,10 @@ class EndToEnd:
             self._restore(checkpoint)
         else:
             self.rollouts.spread(self._teach)
+        if compiled:
+            for model in (self.teacher, self.student):
+                for block in (model.get_submodule(name) for name in self.blocks):
+                    block.forward = torch.compile(block.forward, dynamic=False)  # hooks on blocks stay outside
 
     @property
     def native_steps(self) -> int:
@@ -197,7 +202,8 @@ class EndToEnd:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """Mean relative velocity error on the held-out states, as the student is in this phase."""
-        errors = [state_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
+        with torch.compiler.set_stance("force_eager"):  # for these batches nothing was compiled
+            errors = [state_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
         return torch.cat(errors).mean().item()
 
     @torch.no_grad()
@@ -226,7 +232,7 @@ class EndToEnd:
             return self.student(**inputs, return_dict=False)[0].float()
 
     def _shown_to(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
             look(self.student, self.records[-1].step)
 
     def _autocast(self) -> torch.autocast:

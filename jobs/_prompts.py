@@ -16,7 +16,7 @@ def prompts_of(source: str, count: int | None, *, seed: int, data_dir: Path | No
     UserError for a source that cannot be read or holds too few, which `option` can mend.
     """
     if source == MINI_WORLD:
-        from bitflux_core.mini.world import training_prompts
+        from bitflux_core.mini.compositions import training_prompts
 
         specs, weights = training_prompts()
         return tuple(spec.text for spec in random.Random(seed).choices(specs, weights, k=count or len(specs)))

@@ -52,6 +52,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     distill.add_argument("--gpus", type=_counts, default=(1,), metavar="A,B", help="by Ray Train from two on (1)")
     distill.add_argument("--batch", type=_counts, default=(1,), metavar="A,B", help="images a step on each GPU (1)")
+    distill.add_argument("--eager", action="store_true", help="without torch.compile")
     distill.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
     distill.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
     tune = sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
@@ -182,7 +183,7 @@ def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
 
     def measured() -> Iterator[distill.DistillRow]:
         for gpus, batch in itertools.product(args.gpus, args.batch):
-            row = distill.DistillRow(gpus, gpus * batch, resolution)
+            row = distill.DistillRow(gpus, gpus * batch, resolution, gpus == 1 and not args.eager and not args.tiny)
             if gpus == 1:
                 yield distill.measure_training(row, sizes, device, args.output)
                 continue

@@ -34,6 +34,7 @@ class DistillRow:
 
     Attributes:
         gpus, batch, resolution: GPUs, images a step on all of them together, pixels a side.
+        compiled: by torch.compile, which several GPUs do without.
         planned_gb: distill_memory.py's estimate of peak_gb.
         resident_gb: allocated between steps, on the first GPU.
         peak_gb: most that was allocated there in a step (CUDA only).
@@ -48,6 +49,7 @@ class DistillRow:
     gpus: int
     batch: int
     resolution: int
+    compiled: bool = False
     planned_gb: float | None = None
     resident_gb: float | None = None
     peak_gb: float | None = None
@@ -128,7 +130,17 @@ def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path,
     settings = replace(RECIPE, batch=row.batch, slots=row.batch, sampler_steps=SAMPLER_STEPS)
     scheduler = FlowMatchEulerDiscreteScheduler(**sizes.scheduler)
     return EndToEnd(
-        teacher, start, scheduler, conditions, range(PROMPTS - 1), [PROMPTS - 1], settings, device, folder, mesh
+        teacher,
+        start,
+        scheduler,
+        conditions,
+        range(PROMPTS - 1),
+        [PROMPTS - 1],
+        settings,
+        device,
+        folder,
+        mesh,
+        row.compiled,
     )
 
 

@@ -100,7 +100,9 @@ class EndToEndTask:
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
         places = (self.trained, self.held_out)
-        training = EndToEnd(teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh)
+        compiled = device.type == "cuda" and mesh is None
+        parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, compiled)
+        training = EndToEnd(*parts)
         drawn = self.held_out[: self.images]
         if not drawn:
             training.run()
