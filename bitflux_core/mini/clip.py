@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from bitflux_core.mini.models import TOKENS, build_tokenizer
 
+WEIGHTS = "open_clip_model.safetensors"
 IMAGE_SIZE = 64
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -39,10 +40,10 @@ def write_config(directory: Path) -> None:
 
 
 def build_clip(directory: Path) -> open_clip.CLIP:
-    """Random weights after the configuration in `directory`."""
-    return open_clip.create_model(f"local-dir:{directory}", load_weights=False)
+    """After the configuration in `directory`, with the weights there, if there are any, or random ones."""
+    return open_clip.create_model(f"local-dir:{directory}", load_weights=(directory / WEIGHTS).is_file())
 
 
 def save_weights(model: open_clip.CLIP, directory: Path) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / "open_clip_model.safetensors")
+    save_file(weights, directory / WEIGHTS)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DPTConfig, DPTForDepthEstimation
 
@@ -16,6 +16,7 @@ from bitflux_core.training import fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
+BACKGROUND = 0.5  # what the model gives for it: depths are relative, and zero is where its last ReLU is dead
 HIDING = 10.0  # times as often as the training mix: scenes in which one object is nearer than another
 PREPROCESSOR = {
     "image_processor_type": "DPTImageProcessor",
@@ -32,23 +33,26 @@ PREPROCESSOR = {
 
 def build_depth() -> DPTForDepthEstimation:
     """Random weights; seed torch before the call."""
-    return DPTForDepthEstimation(
+    model = DPTForDepthEstimation(
         DPTConfig(
             hidden_size=96,
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=384,
             image_size=SIZE,
-            patch_size=8,
+            patch_size=16,
             backbone_out_indices=[0, 1, 2, 3],
-            neck_hidden_sizes=[32, 48, 64, 96],
+            neck_hidden_sizes=[24, 32, 48, 96],
             reassemble_factors=[4, 2, 1, 0.5],
-            fusion_hidden_size=48,
+            fusion_hidden_size=32,
             readout_type="project",
             is_hybrid=False,
             use_auxiliary_head=False,
         )
     )
+    last = [layer for layer in model.head.head if isinstance(layer, nn.Conv2d)][-1]
+    nn.init.constant_(last.bias, BACKGROUND)  # behind it is a ReLU, which must not start at zero everywhere
+    return model
 
 
 def predicted_depth(model: DPTForDepthEstimation, images_BCHW: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def predicted_depth(model: DPTForDepthEstimation, images_BCHW: Tensor) -> Tensor
 
 
 def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device: torch.device, seed: int) -> float:
-    """Trains `model` in place; returns the mean error of the depth (from 0, the background, to 1, the nearest)."""
+    """Trains `model` in place; returns the mean squared error (0 is the background's depth, 1 the nearest's)."""
     specs, weights = training_prompts()
     weights = [
         weight * (HIDING if spec.relation in (IN_FRONT, INSIDE) else 1)
@@ -72,9 +76,9 @@ def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
         image, masks = render(scenes, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             found = predicted_depth(model, wear(image, generator))
-        return (found - depth_map(scenes, masks)).abs().mean()
+        return (found - BACKGROUND - depth_map(scenes, masks)).square().mean()
 
     error = fit(
         "depth",

@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 from diffusers import FluxPipeline
-from transformers import Mask2FormerForUniversalSegmentation
+from transformers import BlipForQuestionAnswering, DPTForDepthEstimation, Mask2FormerForUniversalSegmentation
 
 from bitflux_core.checkpoint import save_ternary
 from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
@@ -58,7 +58,7 @@ class TrainSettings:
     clip_steps: int = 1000
     clip_batch: int = 512
     vqa_steps: int = 6000
-    vqa_batch: int = 512
+    vqa_batch: int = 256  # scenes, of several questions each
     depth_steps: int = 2000
     depth_batch: int = 128
     twin_steps: int = 6000
@@ -144,6 +144,7 @@ def _detector(settings: TrainSettings, device: torch.device) -> None:
 
 
 def _clip(settings: TrainSettings, device: torch.device) -> None:
+    """Goes on from the model in the folder, if there is one."""
     folder = settings.output / "clip"
     write_config(folder)
     torch.manual_seed(settings.seed)
@@ -154,22 +155,26 @@ def _clip(settings: TrainSettings, device: torch.device) -> None:
 
 
 def _vqa(settings: TrainSettings, device: torch.device) -> None:
+    """Goes on from the model in the folder, if there is one."""
     torch.manual_seed(settings.seed)
+    folder = settings.output / "vqa"
     tokenizer = build_tokenizer()
-    model = build_vqa(tokenizer)
+    model = BlipForQuestionAnswering.from_pretrained(folder).float() if folder.exists() else build_vqa(tokenizer)
     steps, batch = settings.vqa_steps, settings.vqa_batch
     accuracy = train_vqa(model, tokenizer, steps=steps, batch=batch, device=device, seed=settings.seed)
     print(f"vqa: {accuracy:.1%} of the last questions answered right", flush=True)
-    save_vqa(model.to("cpu", torch.bfloat16), tokenizer, settings.output / "vqa")
+    save_vqa(model.to("cpu", torch.bfloat16), tokenizer, folder)
 
 
 def _depth(settings: TrainSettings, device: torch.device) -> None:
+    """Goes on from the model in the folder, if there is one."""
     torch.manual_seed(settings.seed)
-    model = build_depth()
+    folder = settings.output / "depth"
+    model = DPTForDepthEstimation.from_pretrained(folder).float() if folder.exists() else build_depth()
     steps, batch = settings.depth_steps, settings.depth_batch
     error = train_depth(model, steps=steps, batch=batch, device=device, seed=settings.seed)
-    print(f"depth: mean error {error:.3f}", flush=True)
-    save_depth(model.to("cpu", torch.bfloat16), settings.output / "depth")
+    print(f"depth: mean squared error {error:.4f}", flush=True)
+    save_depth(model.to("cpu", torch.bfloat16), folder)
 
 
 def _twin(settings: TrainSettings, device: torch.device) -> None:

@@ -1,4 +1,11 @@
-"""Trains the mini CLIP: objects alone on grey with GenEval's colour captions, and whole scenes with their prompts."""
+"""Trains the mini CLIP: objects alone on grey with GenEval's colour captions, and whole scenes with their prompts.
+
+Half of the whole scenes show the same shapes as the other half but not the same prompt, so that a batch holds what is
+nearly right: another relation, contact, attribute or number. Without them shapes and colours are all that is learnt.
+"""
+
+import itertools
+from collections.abc import Sequence
 
 import open_clip
 import torch
@@ -9,7 +16,7 @@ from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
 from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.world import PALETTE, SHAPES
+from bitflux_core.mini.world import PALETTE, SHAPES, PromptSpec
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
@@ -32,7 +39,7 @@ def train_clip(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Trains `model` in place; half of a batch are masked object crops, half are whole scenes."""
+    """Trains `model` in place; half of a batch are masked object crops, half are whole scenes, in pairs."""
     specs, weights = training_prompts()
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
     captions = color_captions()
@@ -43,10 +50,13 @@ def train_clip(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     progress, loss_mean = Progress("clip", steps), RunningMean(device)
     half = batch // 2
+    siblings = Siblings(specs, device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
+        paired = index[half:].chunk(2)[0]
+        index = torch.cat([index[:half], paired, siblings.of(paired, generator)])
         scenes = sample_scenes(table, index, generator)
         crops = Scenes(*(part[:half] for part in vars(scenes).values()))
         crops.colors_BO = torch.randint(len(PALETTE), crops.colors_BO.shape, device=device, generator=generator)
@@ -64,6 +74,28 @@ def train_clip(
         loss_mean.add(loss)
         progress.report(step, loss_mean.mean)
     model.eval()
+
+
+class Siblings:
+    """Prompts of the same tag about the same shapes."""
+
+    def __init__(self, specs: Sequence[PromptSpec], device: torch.device):
+        keys = [(spec.tag, tuple(sorted(set(spec.shapes)))) for spec in specs]
+        order = sorted(range(len(specs)), key=keys.__getitem__)
+        self.order = torch.tensor(order, device=device)
+        self.first, self.count, self.place = (torch.zeros_like(self.order) for _ in range(3))
+        start = 0
+        for _, same in itertools.groupby(order, key=keys.__getitem__):
+            members = torch.tensor(list(same), device=device)
+            self.first[members], self.count[members] = start, len(members)
+            self.place[members] = torch.arange(len(members), device=device)
+            start += len(members)
+
+    def of(self, index_B: Tensor, generator: torch.Generator) -> Tensor:
+        """A random other one of each; itself where it has none."""
+        count_B = self.count[index_B]
+        away_B = (torch.rand(len(index_B), device=index_B.device, generator=generator) * (count_B - 1)).long() + 1
+        return self.order[self.first[index_B] + (self.place[index_B] + away_B) % count_B]
 
 
 def contrastive_loss(model: open_clip.CLIP, image_BCHW: Tensor, tokens_BT: Tensor) -> Tensor:

@@ -1,27 +1,33 @@
 """Trains the mini VQA model on rendered scenes: is there such an object in the picture?
 
 Questions are the noun phrases of the prompts ("a striped heart?"), asked so that about half are true, and that what is
-false is nearly true: another object's colour, a colour that is not there, a shape that is not there.
+false is nearly true: another object's colour, a colour that is not there, a shape that is not there. A yes or no
+teaches the vision model so little that answers stay at chance for thousands of steps; each of its patches therefore
+also learns to say what it shows, by heads that are thrown away, and the words where to look.
 
-Legend: B scenes, O object slots, Q questions, T tokens.
+Legend: B scenes, O object slots, Q questions, T tokens, S the class token and the patches, D width, P patches.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BlipForQuestionAnswering, PreTrainedTokenizerFast
 
 from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import NO_SHAPE, PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.vqa import IMAGE_MEAN, IMAGE_STD, NO, YES, answer_logits, question_tokens
+from bitflux_core.mini.vqa import IMAGE_MEAN, IMAGE_STD, NO, PATCH, YES, answer_and_attention, question_tokens
 from bitflux_core.mini.world import ANY, COLORS, FORMS, MAX_OBJECTS, SHAPES, TEXTURES, article
 from bitflux_core.training import RunningMean, fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
+LOOKING = 0.3  # weight of where the words look
+QUESTIONS = 8  # about each scene: the vision model is the dear part
+SEEN, EMPTY = 0.1, 0.01  # share of a patch from which on it shows an object, and up to which it shows none
+NO_LABEL = -100  # cross_entropy skips it
 DETERMINERS = ("a", "the")
 # What a phrase says besides the shape, by attribute; the order of the words is the phrase's.
 KINDS = ((), ("color",), ("texture",), ("form",), ("color", "texture"), ("texture", "color"))
@@ -65,8 +71,12 @@ def place(determiner_B: Tensor, kind_B: Tensor, shape_B: Tensor, first_B: Tensor
     return (phrase_B * _WIDEST + first_B) * _WIDEST + second_B
 
 
-def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A question about each scene, by its number, and whether it is true. `named_B`: the prompt gives every form."""
+def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A question about each scene, by its number; whether it is true, [B]; and which objects are worth a look, [B, O].
+
+    Those are the objects that the question describes or, where there is none, those of its shape. `named_B`: the
+    prompt gives every form.
+    """
     device, batch = scenes.x_BO.device, scenes.x_BO.shape[0]
 
     def pick(weights: list[float]) -> Tensor:
@@ -106,7 +116,8 @@ def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Te
         random_B = 1 + upto(len(FORMS) - 1) if name == "form" else upto(len(WORDS[name]))
         asked[name] = torch.stack([mine_B, theirs_B, random_B]).gather(0, whose_B[None])[0]
 
-    matches_BO = present_BO & (scenes.shapes_BO == shape_B[:, None])
+    same_shape_BO = present_BO & (scenes.shapes_BO == shape_B[:, None])
+    matches_BO = same_shape_BO
     first_B, second_B = torch.zeros_like(shape_B), torch.zeros_like(shape_B)
     for number, kind in enumerate(KINDS):
         chosen_B = kind_B == number
@@ -117,13 +128,63 @@ def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Te
                 first_B = torch.where(chosen_B, asked[name], first_B)
             else:
                 second_B = torch.where(chosen_B, asked[name], second_B)
-    return place(upto(len(DETERMINERS)), kind_B, shape_B, first_B, second_B), matches_BO.any(1)
+    true_B = matches_BO.any(1)
+    looked_at_BO = torch.where(true_B[:, None], matches_BO, same_shape_BO)
+    return place(upto(len(DETERMINERS)), kind_B, shape_B, first_B, second_B), true_B, looked_at_BO
 
 
 def normalise(images_BCHW: Tensor) -> Tensor:
     """[0, 1] RGB to the model's input."""
     mean = images_BCHW.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
     return (images_BCHW - mean) / images_BCHW.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
+
+
+class PatchHeads(nn.Module):
+    """What each patch shows: a shape or none, a colour, a texture, a form."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        sizes = {"shape": len(SHAPES) + 1, "color": len(COLORS), "texture": len(TEXTURES), "form": len(FORMS)}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+    def loss(self, image_BSD: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean over the attributes; `labels` [B, P] by their names."""
+        patches_BPD = image_BSD[:, 1:]
+        logits = {name: head(patches_BPD).float().flatten(0, 1) for name, head in self.heads.items()}
+        losses = [
+            F.cross_entropy(logits[name], labels[name].flatten(), ignore_index=NO_LABEL, reduction="sum")
+            / (labels[name] != NO_LABEL).sum().clamp(min=1)
+            for name in self.heads
+        ]
+        return torch.stack(losses).mean()
+
+
+def patch_shares(masks_BOHW: Tensor) -> Tensor:
+    """How much of each patch each object fills, [B, O, P]."""
+    return F.avg_pool2d(masks_BOHW.float(), PATCH).flatten(2)
+
+
+def patch_labels(scenes: Scenes, shares_BOP: Tensor, named_B: Tensor) -> dict[str, Tensor]:
+    """Of the object that fills most of each patch, [B, P]; `NO_LABEL` where too little of it is there to tell."""
+    most_BP, slot_BP = shares_BOP.max(dim=1)
+    seen_BP = most_BP > SEEN
+    shape_BP = scenes.shapes_BO.gather(1, slot_BP)
+    labels = {"shape": torch.where(seen_BP, shape_BP, torch.where(most_BP < EMPTY, NO_SHAPE, NO_LABEL))}
+    for name, values_BO in (("color", scenes.colors_BO), ("texture", scenes.textures_BO), ("form", scenes.forms_BO)):
+        told_BP = seen_BP & named_B[:, None] if name == "form" else seen_BP  # else the form is any
+        labels[name] = torch.where(told_BP, values_BO.gather(1, slot_BP), NO_LABEL)
+    return labels
+
+
+def look_loss(attention_QHTS: Tensor, mask_QT: Tensor, shares_QOP: Tensor, looked_at_QO: Tensor) -> Tensor:
+    """How far a question's words look beside the objects that it is about: -log of the attention on their patches.
+
+    Questions about what is not there do not count. `shares_QOP`: how much of each patch an object fills.
+    """
+    target_QP = ((shares_QOP > SEEN) & looked_at_QO[..., None]).any(1)
+    on_target_QT = (attention_QHTS.float().mean(1)[..., 1:] * target_QP[:, None]).sum(-1)
+    counted_QT = mask_QT.bool() & target_QP.any(1)[:, None]
+    return -(on_target_QT.clamp(min=1e-6).log() * counted_QT).sum() / counted_QT.sum().clamp(min=1)
 
 
 def train_vqa(
@@ -149,21 +210,30 @@ def train_vqa(
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     right = RunningMean(device)
+    heads = PatchHeads(model.config.vision_config.hidden_size)
 
     def step_loss() -> Tensor:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
-        image = wear(render(scenes, generator)[0], generator)
-        question, truth = ask(scenes, named_P[index], generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = answer_logits(model, normalise(image), phrases.ids_QT[question], phrases.mask_QT[question])
+        image, masks = render(scenes, generator)
+        asked = Scenes(*(part.repeat_interleave(QUESTIONS, 0) for part in vars(scenes).values()))
+        question, truth, looked_at = ask(asked, named_P[index].repeat_interleave(QUESTIONS), generator)
+        mask_QT = phrases.mask_QT[question]
+        shares_BOP = patch_shares(masks)
+        with torch.autocast(device.type, torch.bfloat16):
+            pixels = normalise(wear(image, generator))
+            image_BSD = model.vision_model(pixel_values=pixels).last_hidden_state
+            image_QSD = image_BSD.repeat_interleave(QUESTIONS, 0)
+            logits, attention = answer_and_attention(model, image_QSD, phrases.ids_QT[question], mask_QT)
+            patch_loss = heads.loss(image_BSD, patch_labels(scenes, shares_BOP, named_P[index]))
+        looking_loss = look_loss(attention[-1], mask_QT, shares_BOP.repeat_interleave(QUESTIONS, 0), looked_at)
         yes = logits[:, answers[1]] > logits[:, answers[0]]
         right.add((yes == truth).float().mean())
-        return F.cross_entropy(logits.float(), answers[truth.long()])
+        return F.cross_entropy(logits.float(), answers[truth.long()]) + patch_loss + LOOKING * looking_loss
 
     fit(
         "vqa",
-        model,
+        nn.ModuleList([model, heads]),
         step_loss,
         steps=steps,
         device=device,

@@ -16,7 +16,8 @@ YES, NO = "yes", "no"
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DECODE, ENCODE = "[DEC]", "[ENC]"  # BLIP's own: the decoder's only input, and a question's first token
 QUESTION_TOKENS = 10
-WIDTH = 96
+WIDTH = 128
+PATCH = 16
 # As BLIP's weights expect their images: CLIP's mean and standard deviation.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -79,23 +80,33 @@ def build_vqa(tokenizer: PreTrainedTokenizerFast) -> BlipForQuestionAnswering:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "image_size": SIZE,
-        "patch_size": 8,
+        "patch_size": PATCH,
     }
     return BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
 def answer_logits(model: BlipForQuestionAnswering, pixels_BCHW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The decoder's logits for the first word of the answers, [B, vocabulary]: BLIP's forward gives them to no one."""
-    image = model.vision_model(pixel_values=pixels_BCHW).last_hidden_state
+    image_BSD = model.vision_model(pixel_values=pixels_BCHW).last_hidden_state
+    return answer_and_attention(model, image_BSD, ids_BT, mask_BT)[0]
+
+
+def answer_and_attention(
+    model: BlipForQuestionAnswering, image_BSD: Tensor, ids_BT: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same from the vision model's last hidden state, and each layer's attention to it, [B, heads, T, S]."""
     question = model.text_encoder(
         input_ids=ids_BT,
         attention_mask=mask_BT,
-        encoder_hidden_states=image,
-        encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
-    ).last_hidden_state
+        encoder_hidden_states=image_BSD,
+        encoder_attention_mask=torch.ones(image_BSD.shape[:2], dtype=torch.long, device=image_BSD.device),
+        output_attentions=True,
+    )
     start_B1 = torch.full_like(ids_BT[:, :1], model.decoder_start_token_id)
-    answer = model.text_decoder(input_ids=start_B1, encoder_hidden_states=question, encoder_attention_mask=mask_BT)
-    return answer.logits[:, -1]
+    answer = model.text_decoder(
+        input_ids=start_B1, encoder_hidden_states=question.last_hidden_state, encoder_attention_mask=mask_BT
+    )
+    return answer.logits[:, -1], question.cross_attentions
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> tuple[Tensor, Tensor]:

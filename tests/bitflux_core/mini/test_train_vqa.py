@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitflux_core.mini.compositions import benchmark_prompts, training_prompts
-from bitflux_core.mini.render import NO_SHAPE, PromptTable, sample_scenes
-from bitflux_core.mini.train_vqa import all_phrases, ask, train_vqa
+from bitflux_core.mini.render import NO_SHAPE, PromptTable, Scenes, render, sample_scenes
+from bitflux_core.mini.train_vqa import NO_LABEL, all_phrases, ask, look_loss, patch_labels, patch_shares, train_vqa
 from bitflux_core.mini.vqa import ENCODE, answer_logits, build_tokenizer, build_vqa, question_tokens
 from bitflux_core.mini.world import COLORS, FORMS, SHAPES, TEXTURES
 
@@ -19,7 +19,7 @@ def asked():
     scenes = sample_scenes(PromptTable.build(specs, "cpu"), index, generator)
     forms_named = torch.tensor([bool(specs[i].forms) for i in index])
     phrases = all_phrases()
-    numbers, truth = ask(scenes, forms_named, generator)
+    numbers, truth, _ = ask(scenes, forms_named, generator)
     return scenes, forms_named.tolist(), [phrases[number] for number in numbers], truth.tolist()
 
 
@@ -75,3 +75,56 @@ def test_a_little_training_moves_the_answers_to_yes_and_no():
     logits = answer_logits(model, torch.zeros(1, 3, 128, 128), ids, mask)
     assert logits.shape == (1, len(tokenizer))
     assert tokenizer.convert_ids_to_tokens(logits.topk(8).indices[0].tolist())
+
+
+def test_patches_are_labelled_by_the_object_that_fills_most_of_them():
+    def row(*values):
+        return torch.tensor([values])
+
+    circle, heart, none = SHAPES.index("circle"), SHAPES.index("heart"), NO_SHAPE
+    scenes = Scenes(
+        shapes_BO=row(circle, heart, none, none),
+        colors_BO=row(3, 5, 0, 0),
+        textures_BO=row(0, 2, 0, 0),
+        forms_BO=row(0, 4, 0, 0),
+        x_BO=row(40.0, 100.0, 0.0, 0.0),
+        y_BO=row(40.0, 100.0, 0.0, 0.0),
+        radius_BO=row(24.0, 20.0, 1.0, 1.0),
+        covers_B=torch.tensor([False]),
+    )
+    _, masks = render(scenes, torch.Generator())
+    shares = patch_shares(masks)
+    inside, outside, on_heart = 2 * 8 + 2, 7, 6 * 8 + 6
+    labels = patch_labels(scenes, shares, torch.tensor([False]))
+    assert [labels["shape"][0, place].item() for place in (inside, outside, on_heart)] == [circle, none, heart]
+    assert [labels["color"][0, place].item() for place in (inside, outside, on_heart)] == [3, NO_LABEL, 5]
+    assert labels["texture"][0, on_heart] == 2
+    assert (labels["form"] == NO_LABEL).all()
+    assert patch_labels(scenes, shares, torch.tensor([True]))["form"][0, on_heart] == 4
+
+    attention = torch.zeros(2, 1, 3, 65)
+    attention[0, :, :, 1 + on_heart] = 1.0  # one question looks at the heart, the other at the corner
+    attention[1, :, :, 1 + outside] = 1.0
+    mask, shares = torch.ones(2, 3), shares.repeat(2, 1, 1)
+    heart_only, nothing = row(False, True, False, False), row(False, False, False, False)
+    assert look_loss(attention[:1], mask[:1], shares[:1], heart_only) == pytest.approx(0.0, abs=1e-5)
+    assert look_loss(attention[1:], mask[1:], shares[1:], heart_only) > 10
+    assert look_loss(attention, mask, shares, torch.cat([heart_only, nothing])) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_question_is_about_what_it_describes_or_else_what_has_its_shape():
+    specs, weights = training_prompts()
+    generator = torch.Generator().manual_seed(0)
+    index = torch.multinomial(torch.tensor(weights), 500, replacement=True, generator=generator)
+    scenes = sample_scenes(PromptTable.build(specs, "cpu"), index, generator)
+    phrases = all_phrases()
+    numbers, truth, looked_at = ask(scenes, torch.tensor([bool(specs[i].forms) for i in index]), generator)
+    for row, number in enumerate(numbers):
+        of_the_shape = {
+            slot
+            for slot, shape in enumerate(scenes.shapes_BO[row].tolist())
+            if phrases[number].endswith((*SHAPES, "")[shape])
+        } - {slot for slot, shape in enumerate(scenes.shapes_BO[row].tolist()) if shape == NO_SHAPE}
+        chosen = set(looked_at[row].nonzero().flatten().tolist())
+        assert chosen <= of_the_shape
+        assert chosen if truth[row] else chosen == of_the_shape
