@@ -42,4 +42,5 @@ def best_low_rank(residual_NK: Tensor, rank: int, factor_KK: Tensor | None = Non
     basis_NR = (torch.linalg.qr(seen_NK @ leading).Q if tall else leading).float()
     down_RK = basis_NR.T @ residual_NK
     root_R = down_RK.norm(dim=1).sqrt().clamp(min=SMALLEST)
-    return LowRank((basis_NR * root_R).bfloat16().float(), (down_RK / root_R[:, None]).bfloat16().float())
+    thin = (basis_NR * root_R).contiguous(), down_RK / root_R[:, None]
+    return LowRank(*(part.bfloat16().float() for part in thin))

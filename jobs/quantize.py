@@ -3,6 +3,7 @@
 python jobs/quantize.py --profile mini --output DIR                              compensated codes, no training
 python jobs/quantize.py --profile flux-dev --data-dir DIR                        a draw of the paper's prompts
 python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
+python jobs/quantize.py --profile mini --output DIR --low-rank 16                and what was lost put back, in part
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 --distill-steps 6000 --distill-batch 256
                                                                                  and then the whole, end to end
