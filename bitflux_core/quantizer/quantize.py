@@ -93,6 +93,7 @@ def quantize(
         batch=settings.batch,
         tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
         compensated=settings.init == "compensated",
+        corrected=settings.low_rank > 0,
         trained=settings.reconstruction_steps > 0,
         dtype=dtype,
     )

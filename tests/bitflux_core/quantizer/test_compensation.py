@@ -111,13 +111,26 @@ def test_a_correction_takes_up_more_of_the_error_the_higher_its_rank(correlated_
     made = {rank: compensate(weight_NK, student_MK, correlated_MK, rank) for rank in (0, 1, 4, 12, ROWS)}
     errors = [output_error(weight_NK, *pair, student_MK, correlated_MK) for pair in made.values()]
     assert errors == sorted(errors, reverse=True)
-    assert errors[2] < 0.5 * errors[0]
-    assert all(torch.equal(ternary.codes_NK, made[0][0].codes_NK) for ternary, _ in made.values())
+    assert errors[2] < 0.6 * errors[0]
     # At full rank what is left is what no weight could mend.
     inputs = torch.cat([student_MK, torch.ones(TOKENS, 1)], dim=1)
     best = torch.linalg.lstsq(inputs, correlated_MK @ weight_NK.T).solution
     least = (inputs @ best - correlated_MK @ weight_NK.T).square().sum() / (correlated_MK @ weight_NK.T).square().sum()
     assert errors[-1] < 1.2 * least + 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 12])
+def test_codes_and_correction_found_in_turn_leave_less(correlated_MK, generator, monkeypatch, rank):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    errors = []
+    for turns in (1, 4, 8):
+        monkeypatch.setattr(compensation, "CORRECTION_TURNS", turns)
+        made = compensate(weight_NK, correlated_MK, correlated_MK, rank)
+        errors.append(output_error(weight_NK, *made, correlated_MK, correlated_MK))
+        if turns == 1:
+            assert torch.equal(made[0].codes_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0].codes_NK)
+    assert errors == sorted(errors, reverse=True)  # never worse: the best turn is kept
+    assert errors[-1] < 0.95 * errors[0]
 
 
 def test_at_full_rank_the_weight_is_the_teachers_where_inputs_are(correlated_MK, generator):
