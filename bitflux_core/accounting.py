@@ -17,14 +17,15 @@ class SizeReport:
     """Sizes of a FLUX transformer in bf16 and as a ternary checkpoint.
 
     Attributes:
-        total_params: all parameters, the ternary weights included.
-        ternary_params: weights of the block linears; their biases are not ternary.
+        total_params: all parameters, the ternary weights and their corrections included.
+        ternary_params: weights of the block linears; neither their biases nor their corrections are ternary.
         ternary_share: ternary_params / total_params.
-        bf16_bytes: everything in bf16.
+        bf16_bytes: the full-precision transformer, which has no corrections, in bf16.
         code_bytes: the codes, padding of ragged rows included.
         scale_bytes: the float32 scales.
+        correction_bytes: low-rank corrections in bf16.
         rest_bytes: everything else in bf16.
-        storage_bytes: codes + scales + rest: the bytes of a ternary checkpoint's tensors.
+        storage_bytes: codes + scales + corrections + rest: the bytes of a ternary checkpoint's tensors.
         ratio: bf16_bytes / storage_bytes.
     """
 
@@ -34,13 +35,14 @@ class SizeReport:
     bf16_bytes: int
     code_bytes: int
     scale_bytes: int
+    correction_bytes: int
     rest_bytes: int
     storage_bytes: int
     ratio: float
 
 
 def size_report(transformer: FluxTransformer2DModel, codes: Codes = "trits") -> SizeReport:
-    """Counts a full-precision or an already ternary transformer; both give the same report.
+    """Counts a full-precision or an already ternary transformer; both give the same report, but for corrections.
 
     `codes` as in a checkpoint: "trits" are the smallest, "planes" what a loaded model holds in memory.
     """
@@ -49,17 +51,22 @@ def size_report(transformer: FluxTransformer2DModel, codes: Codes = "trits") -> 
     code_bytes = sum(codes_bytes(codes, layer.out_features, layer.in_features) for layer in layers.values())
     scale_bytes = SCALE_BYTES * sum(layer.out_features for layer in layers.values())
     weights = {f"{name}.{part}" for name in layers for part in ("weight", "packed", "scale")}
-    rest_params = sum(tensor.numel() for name, tensor in transformer.state_dict().items() if name not in weights)
+    corrections = {f"{name}.{part}" for name in layers for part in ("down", "up")}
+    sizes = {name: tensor.numel() for name, tensor in transformer.state_dict().items() if name not in weights}
+    correction_params = sum(size for name, size in sizes.items() if name in corrections)
+    rest_params = sum(sizes.values()) - correction_params
+    total_params = ternary_params + correction_params + rest_params
 
     bf16_bytes = BF16_BYTES * (ternary_params + rest_params)
-    storage_bytes = code_bytes + scale_bytes + BF16_BYTES * rest_params
+    storage_bytes = code_bytes + scale_bytes + BF16_BYTES * (correction_params + rest_params)
     return SizeReport(
-        total_params=ternary_params + rest_params,
+        total_params=total_params,
         ternary_params=ternary_params,
-        ternary_share=ternary_params / (ternary_params + rest_params),
+        ternary_share=ternary_params / total_params,
         bf16_bytes=bf16_bytes,
         code_bytes=code_bytes,
         scale_bytes=scale_bytes,
+        correction_bytes=BF16_BYTES * correction_params,
         rest_bytes=BF16_BYTES * rest_params,
         storage_bytes=storage_bytes,
         ratio=bf16_bytes / storage_bytes,

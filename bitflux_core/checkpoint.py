@@ -3,7 +3,8 @@
 `config.json` is the FluxTransformer2DModel's own configuration plus the key `quantization_config`, by which diffusers
 finds bitflux_core/diffusers_plugin.py: format version, layout of the codes, quantization method, provenance, and the
 SHA-256 of every tensor file. For a block linear `name` the tensors are `name.packed` (uint8, planes [N, J] or trits
-[L], see kernels/packing.py), `name.scale` (float32 [N]) and `name.bias`; all others keep diffusers' names.
+[L], see kernels/packing.py), `name.scale` (float32 [N]) and `name.bias`; all others keep diffusers' names. Where the
+configuration names a `low_rank` R, `name.down` [R, K] and `name.up` [N, R] correct the layer (see low_rank.py).
 """
 
 import json
@@ -14,10 +15,11 @@ from diffusers import FluxTransformer2DModel
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from bitflux_core.accounting import SizeReport, size_report
 from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest, fingerprint, read_json
-from bitflux_core.layers import block_linears, empty_ternary_linears
+from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
 from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.model_card import write_card
 from bitflux_core.tensor_files import REMEDY, check_file, read_tensors
@@ -32,6 +34,7 @@ __all__ = [
     "load_ternary",
     "save_ternary",
     "stored_codes",
+    "stored_size",
 ]
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -49,7 +52,7 @@ def save_ternary(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
-    """Writes a transformer whose block linears are all ternary; biases and everything outside the blocks in `dtype`.
+    """Writes a transformer whose block linears are all ternary; all but their codes and scales in `dtype`.
 
     `provenance` (JSON-able) says where the weights come from; `codes` is their layout in the files: trits take a fifth
     less than planes, and are decoded when loaded. `config.json` is written last, so a folder that a killed
@@ -73,6 +76,8 @@ def save_ternary(
         "provenance": provenance,
         "files": {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))},
     }
+    if rank := correction_rank(transformer):
+        header["low_rank"] = rank
     write_card(transformer, directory, header)
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": header}, indent=2) + "\n")
 
@@ -107,12 +112,9 @@ def load_ternary(
     """
     directory = Path(directory)
     config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
-    files = _take_header(config, directory)
-    try:
-        model = empty_transformer(config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{directory}/config.json describes no FLUX transformer ({error}): {REMEDY}") from error
-    empty_ternary_linears(model, activations, execution)
+    header = _take_header(config, directory)
+    model = _empty_ternary(config, header, directory, activations, execution)
+    files = header.get("files") or dict.fromkeys(sorted(file.name for file in directory.glob("*.safetensors")))
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}
@@ -127,6 +129,14 @@ def load_ternary(
     return model.eval().requires_grad_(False)
 
 
+def stored_size(directory: Path | str) -> SizeReport:
+    """What the checkpoint's tensors take, from its configuration alone. UserError as in `load_ternary`."""
+    directory = Path(directory)
+    config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
+    header = _take_header(config, directory)
+    return size_report(_empty_ternary(config, header, directory), header.get("codes", "trits"))
+
+
 def is_ternary(config: dict) -> bool:
     """Whether this is a ternary checkpoint's config.json, of any format version."""
     header = config.get("quantization_config")
@@ -139,8 +149,23 @@ def empty_transformer(config: dict) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config(config)
 
 
-def _take_header(config: dict, directory: Path) -> dict[str, str | None]:
-    """Takes BitFlux's part out of `config`: the tensor files and their digests (None where diffusers saved them)."""
+def _empty_ternary(
+    config: dict, header: dict, directory: Path, activations: Activations = "native", execution: Execution = "kernel"
+) -> FluxTransformer2DModel:
+    """The checkpoint's transformer on the meta device."""
+    rank = header.get("low_rank", 0)
+    if not isinstance(rank, int) or rank < 0:
+        raise UserError(f"{directory}/config.json names a low_rank of {rank!r}: {REMEDY}")
+    try:
+        model = empty_transformer(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory}/config.json describes no FLUX transformer ({error}): {REMEDY}") from error
+    empty_ternary_linears(model, activations, execution, rank=rank)
+    return model
+
+
+def _take_header(config: dict, directory: Path) -> dict:
+    """Takes BitFlux's part out of `config`; its "files" have digests, or are missing where diffusers saved them."""
     if not is_ternary(config):
         raise UserError(
             f"{directory} is no ternary checkpoint (no quant_method '{QUANT_METHOD}' in config.json): "
@@ -153,7 +178,7 @@ def _take_header(config: dict, directory: Path) -> dict[str, str | None]:
             f"{directory} has checkpoint format {version}, this BitFlux reads {FORMAT_VERSION}: "
             "update BitFlux or make the checkpoint again"
         )
-    return files or dict.fromkeys(sorted(file.name for file in directory.glob("*.safetensors")))
+    return header
 
 
 def _exact_tensors(transformer: FluxTransformer2DModel) -> set[str]:

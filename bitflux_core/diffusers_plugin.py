@@ -30,13 +30,15 @@ class Method(StrEnum):
 class BitFluxConfig(QuantizationConfigMixin):
     """The `quantization_config` of a ternary checkpoint, see bitflux_core/checkpoint.py.
 
-    `activations`: "native", or "int8" for products in 8-bit integers.
+    `activations`: "native", or "int8" for products in 8-bit integers; `low_rank`: the rank of every layer's correction,
+    0 without.
     """
 
     quant_method: Method = Method.BITFLUX  # type: ignore[assignment]
     format_version: int = FORMAT_VERSION
     codes: str = "trits"
     activations: str = "native"
+    low_rank: int = 0
     method: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] | None = None
@@ -50,6 +52,8 @@ class BitFluxConfig(QuantizationConfigMixin):
             )
         if self.codes not in ("planes", "trits") or self.activations not in ("native", "int8"):
             raise ValueError(f"codes '{self.codes}' and activations '{self.activations}': unknown to this BitFlux")
+        if not isinstance(self.low_rank, int) or self.low_rank < 0:
+            raise ValueError(f"low_rank {self.low_rank!r} is no rank: copy or make the checkpoint again")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in config.json."""
@@ -65,7 +69,8 @@ class BitFluxQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: list[str], **_: Any) -> None:
         from bitflux_core.layers import empty_ternary_linears
 
-        empty_ternary_linears(model, self.quantization_config.activations)  # type: ignore[arg-type]
+        how = self.quantization_config
+        empty_ternary_linears(model, how.activations, rank=how.low_rank)  # type: ignore[arg-type]
         keep_in_fp32_modules.append(_SCALE)  # diffusers casts by the last part of a tensor's name
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

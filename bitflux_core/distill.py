@@ -24,10 +24,11 @@ from bitflux_core.convert import replace_linear
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
+from bitflux_core.low_rank import LowRank
 from bitflux_core.ternary import TernaryWeight, least_squares
 from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 from kernels.packing import unpack_planes
-from kernels.reference import quantized_values
+from kernels.reference import rounded_to_int8
 
 ENCODE_BATCH = 512
 MARGIN = 0.3  # from a code to the latents that start at it: nearer the edges, the first steps would flip most of them
@@ -80,7 +81,8 @@ class LatentTernaryLinear(nn.Module):
     """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through.
 
     The ternary weight exists while the layer is used, in the dtype of the product; only the latents are kept, in
-    `dtype`, in units of their row's scale.
+    `dtype`, in units of their row's scale. Where the weight it starts at has a low-rank correction, `down` and `up`
+    train along.
     """
 
     def __init__(
@@ -105,6 +107,13 @@ class LatentTernaryLinear(nn.Module):
         self.latent = nn.Parameter(latent_NK.to(dtype))
         self.log_scale = nn.Parameter(scale_N.log())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float())
+        low_rank = ternary.correction
+        self.down = None if low_rank is None else nn.Parameter(low_rank.down_RK.detach().to(scale_N, copy=True))
+        self.up = None if low_rank is None else nn.Parameter(low_rank.up_NR.detach().to(scale_N, copy=True))
+
+    @property
+    def correction(self) -> LowRank | None:
+        return None if self.up is None or self.down is None else LowRank(self.up, self.down)
 
     def codes(self) -> Tensor:
         """[N, K] in {-1, 0, +1}, in the latents' dtype."""
@@ -115,10 +124,14 @@ class LatentTernaryLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.int8_activations:
             x = _RoundedToInt8.apply(x)
-        return F.linear(x, _StraightThroughWeight.apply(self.latent, self.log_scale, dtype), self.bias)
+        y = F.linear(x, _StraightThroughWeight.apply(self.latent, self.log_scale, dtype), self.bias)
+        return y if self.correction is None else y + self.correction.of(x)
 
     def ternary(self) -> TernaryWeight:
-        return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu())
+        low_rank = self.correction
+        if low_rank is not None:
+            low_rank = LowRank(low_rank.up_NR.detach().cpu(), low_rank.down_RK.detach().cpu())
+        return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu(), low_rank)
 
 
 def codes_of(latent_NK: Tensor) -> Tensor:
@@ -149,8 +162,7 @@ class _RoundedToInt8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        values_MK, scale_M = quantized_values(x.flatten(0, -2))
-        return (values_MK * scale_M[:, None]).to(x.dtype).view_as(x)
+        return rounded_to_int8(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -176,7 +188,7 @@ def make_student(
             layer = start.get_submodule(name)
             assert isinstance(layer, TernaryLinear)
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
-            weight = TernaryWeight(codes_NK, layer.scale.to(device))
+            weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
         student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations, latent_dtype))
     source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names

@@ -56,12 +56,19 @@ class MemoryPlan:
 
 
 def memory_plan(
-    empty: FluxTransformer2DModel, *, batch: int, tokens: int, features: int, gpus: int = 1, dtype: torch.dtype
+    empty: FluxTransformer2DModel,
+    *,
+    batch: int,
+    tokens: int,
+    features: int,
+    gpus: int = 1,
+    low_rank: int = 0,
+    dtype: torch.dtype,
 ) -> MemoryPlan:
     """An estimate from shapes alone; `empty` may lie on the meta device.
 
     `batch` images on each GPU, `tokens` of text and image each, `features` blocks whose outputs are compared, the
-    teacher in `dtype`.
+    teacher in `dtype`, corrections of `low_rank` beside the latents.
     """
     blocks = [block for kind in BLOCKS for block in getattr(empty, kind)]
     layers = list(block_linears(empty).values())
@@ -73,7 +80,8 @@ def memory_plan(
     gathered = 0
     if gpus > 1:  # teacher's or student's blocks, and the student's gradients in bfloat16 and float32
         gathered = GATHERED_BLOCKS * largest_block * BF16 + largest_block * (BF16 + FLOAT)
-    others = every - sum(sizes) + scales
+    corrections = sum(low_rank * (layer.in_features + layer.out_features) for layer in layers)
+    others = every - sum(sizes) + scales + corrections
     return MemoryPlan(
         building=every * dtype.itemsize + sum(sizes) * BF16 + others * FLOAT + max(sizes) * STEP_BYTES + RESERVE,
         teacher=every * dtype.itemsize // gpus,

@@ -373,9 +373,11 @@ def finished(folder: Path, steps: int) -> list[Record] | None:
 
 def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
     """The best student in `folder` as a ternary transformer, on the CPU. UserError for a damaged file."""
+    tensors = load_tensors(folder / RESULT, f"remove {folder} and train from the start")
+    rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".down")), 0)
     transformer = empty_transformer(config)
-    empty_ternary_linears(transformer)
-    transformer.load_state_dict(load_tensors(folder / RESULT, f"remove {folder} and train from the start"), assign=True)
+    empty_ternary_linears(transformer, rank=rank)
+    transformer.load_state_dict(tensors, assign=True)
     return transformer.eval().requires_grad_(False)
 
 

@@ -4,7 +4,11 @@ What is fused: all modulation layers of a step in one launch, the layers that sh
 with modulation (and quantization), GELU with quantization and with the single block's concatenation, RMSNorm of
 queries and keys with the rotary embedding, gate and residual in the epilogue of the products.
 
-Legend: B images, T text tokens, S image tokens, D width, M tokens of all images, K input features, N output features.
+A low-rank correction is two more products of plain matrices, which enter the ternary product as part of the residual
+that its epilogue adds.
+
+Legend: B images, T text tokens, S image tokens, D width, M tokens of all images, K input features, N output features,
+R rank of a correction.
 """
 
 from typing import ClassVar, NamedTuple, Protocol, Self
@@ -21,19 +25,45 @@ from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from kernels import ops
 from kernels.attention import attention
-from kernels.reference import Quantized
+from kernels.reference import Quantized, dequantized
 
 Rotary = tuple[Tensor, Tensor]
 FLOAT16_MAX = 65504.0
 
 
+class Correction(NamedTuple):
+    """The low-rank corrections of layers that read the same input: `down` stacked by rows, and every layer's `up`."""
+
+    down_RK: Tensor
+    ups: list[Tensor]
+
+    @classmethod
+    def stacked(cls, layers: list[TernaryLinear]) -> Self | None:
+        """None for layers without corrections. ValueError where only some of them have one, or the ranks differ."""
+        ranks = {None if layer.down is None else len(layer.down) for layer in layers}
+        if len(ranks) > 1:
+            raise ValueError("layers that share an input must all have corrections of one rank, or none")
+        ups = [layer.up for layer in layers if layer.up is not None]
+        return cls(_stack(layers, "down"), ups) if ups else None
+
+    def beside(self, x_MK: Tensor, gate_BN: Tensor | None, residual_MN: Tensor | None) -> Tensor:
+        """residual + gate x correction [M, N]."""
+        parts = F.linear(x_MK, self.down_RK).chunk(len(self.ups), dim=1)
+        outputs = [F.linear(part_MR, up_NR) for part_MR, up_NR in zip(parts, self.ups, strict=True)]
+        y_MN = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if gate_BN is not None:
+            y_MN = (y_MN.unflatten(0, (len(gate_BN), -1)) * gate_BN[:, None]).flatten(0, 1)
+        return y_MN if residual_MN is None else residual_MN + y_MN
+
+
 class Weight(NamedTuple):
-    """The layers that read the same input, stacked by rows: packed [N, J], scale [N] and bias [N]."""
+    """The layers that read the same input, stacked by rows: packed [N, J], scale [N], bias [N], and corrections."""
 
     packed_NJ: Tensor
     scale_N: Tensor
     bias_N: Tensor | None
     in_features: int
+    correction: Correction | None
 
     @classmethod
     def stacked(cls, layers: list[TernaryLinear]) -> Self:
@@ -44,7 +74,8 @@ class Weight(NamedTuple):
         if len({layer.bias if layer.bias is None else layer.bias.dtype for layer in layers}) > 1:
             raise ValueError("layers that share an input must all have a bias of one dtype, or none")
         bias_N = None if layers[0].bias is None else _stack(layers, "bias")
-        return cls(_stack(layers, "packed"), _stack(layers, "scale"), bias_N, layers[0].in_features)
+        correction = Correction.stacked(layers)
+        return cls(_stack(layers, "packed"), _stack(layers, "scale"), bias_N, layers[0].in_features, correction)
 
 
 def _stack(layers: list[TernaryLinear], name: str) -> Tensor:
@@ -83,6 +114,8 @@ class Native:
         return ops.gelu(x_MK, head_MA)
 
     def product(self, x: Tensor, weight: Weight, dtype: torch.dtype, gate_BN=None, residual_MN=None) -> Tensor:
+        if weight.correction:
+            residual_MN = weight.correction.beside(x, gate_BN, residual_MN)
         return ops.matmul(x, *weight[:3], gate_BN=gate_BN, residual_MN=residual_MN)
 
 
@@ -99,6 +132,10 @@ class Int8:
         return ops.gelu_quantize(x_MK, head_MA)
 
     def product(self, x: Quantized, weight: Weight, dtype: torch.dtype, gate_BN=None, residual_MN=None) -> Tensor:
+        if weight.correction:
+            # The kernels that made x left nothing but its rounded values: those are what corrections read everywhere.
+            floats_MK = dequantized(x, weight.in_features, dtype)
+            residual_MN = weight.correction.beside(floats_MK, gate_BN, residual_MN)
         return ops.matmul_int8(
             x, *weight[:3], gate_BN=gate_BN, residual_MN=residual_MN, in_features=weight.in_features, dtype=dtype
         )

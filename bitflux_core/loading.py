@@ -7,7 +7,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
 
 from bitflux_core.accounting import size_report
-from bitflux_core.checkpoint import empty_transformer, load_ternary
+from bitflux_core.checkpoint import empty_transformer, load_ternary, stored_size
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.fused import fuse
@@ -29,11 +29,13 @@ def load_transformer(
     return fuse(model, graphs=True) if how.execution == "kernel" and torch.device(device).type == "cuda" else model
 
 
-def storage_bytes(variant: str, *, pipeline_dir: Path) -> int:
+def storage_bytes(variant: str, *, pipeline_dir: Path, ternary_dir: Path | None) -> int:
     """Bytes of the variant's transformer tensors as stored, from its configuration alone: no weights are needed."""
-    config = read_json(Path(pipeline_dir) / "transformer" / "config.json", "name the folder of a FLUX pipeline")
-    report = size_report(empty_transformer(config))
-    return report.storage_bytes if VARIANTS[variant].ternary else report.bf16_bytes
+    folder = transformer_folder(variant, pipeline_dir=pipeline_dir, ternary_dir=ternary_dir)
+    if VARIANTS[variant].ternary:
+        return stored_size(folder).storage_bytes
+    config = read_json(folder / "config.json", "name the folder of a FLUX pipeline")
+    return size_report(empty_transformer(config)).bf16_bytes
 
 
 def _load_full_precision(directory: Path, device: torch.device | str, dtype: torch.dtype) -> FluxTransformer2DModel:

@@ -9,19 +9,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitflux_core.low_rank import LowRank
+
 ABSMEAN_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class TernaryWeight:
-    """codes_NK int8 in {-1, 0, +1} and scale_N float32 >= 0: the weight scale_N[n] * codes_NK[n, k]."""
+    """codes_NK int8 in {-1, 0, +1} and scale_N float32 >= 0: the weight scale_N[n] * codes_NK[n, k].
+
+    Where there is a `correction`, the weight is the sum of both.
+    """
 
     codes_NK: Tensor
     scale_N: Tensor
+    correction: LowRank | None = None
 
     def dequantize(self) -> Tensor:
         """The weight [N, K] in float32."""
-        return self.codes_NK * self.scale_N[:, None]
+        weight_NK = self.codes_NK * self.scale_N[:, None]
+        return weight_NK if self.correction is None else weight_NK + self.correction.product()
 
 
 def absmean(weight_NK: Tensor) -> TernaryWeight:

@@ -75,7 +75,7 @@ class ReplicaActor:
         transformer = load_transformer(
             variant, pipeline_dir=self._pipeline_dir, ternary_dir=self._ternary_dir, device=self._device, dtype=dtype
         )
-        self._storage_bytes = storage_bytes(variant, pipeline_dir=self._pipeline_dir)
+        self._storage_bytes = storage_bytes(variant, pipeline_dir=self._pipeline_dir, ternary_dir=self._ternary_dir)
         return ImageGenerator(transformer, self._pipeline_dir, self._device, dtype)
 
     def _use(self, generator: "ImageGenerator") -> ModelUse:

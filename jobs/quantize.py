@@ -3,6 +3,7 @@
 python jobs/quantize.py --profile mini --output DIR                              compensated codes, no training
 python jobs/quantize.py --profile flux-dev --data-dir DIR                        a draw of the paper's prompts
 python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
+python jobs/quantize.py --profile mini --output DIR --low-rank 16                and what was lost put back, in part
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
 python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 --distill-steps 6000 --distill-batch 256
                                                                                  and then the whole, end to end
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bitflux_core.quantizer.snr import Snr
 
 INITS = ("compensated", "least-squares", "absmean")
+CODES = ("trits", "planes")
 MINI_DISTILL_PROMPTS = 4096
 
 
@@ -39,6 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, metavar="DIR", help="workloads' prompt files, for machines without internet")
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
+    add("--low-rank", type=positive, metavar="R", help="a correction of this rank beside every layer, in bf16 (none)")
+    add("--codes", choices=CODES, default=CODES[0], help="on disk: five a byte, or as the kernels want (%(default)s)")
     add("--reconstruction-steps", type=natural, default=0, metavar="N", help="training of each block (%(default)s)")
     add("--distill-steps", type=natural, default=0, metavar="N", help="training end to end, at the end (%(default)s)")
     add("--distill-int8-steps", type=natural, metavar="N", help="of them with int8 activations, last (a quarter)")
@@ -97,15 +101,19 @@ def _quantize(args: argparse.Namespace) -> int:
         end_to_end=end_to_end,
         distill_prompts=distill_prompts,
         distill_images=args.distill_images,
+        low_rank=args.low_rank or 0,
+        codes=args.codes,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _several(args.distill_gpus if end_to_end else 1) as train:
         transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, train)
 
-    sizes = size_report(transformer)
+    sizes = size_report(transformer, args.codes)
     print(f"{sizes.ternary_share:.2%} of {sizes.total_params:,} parameters ternary")
     megabytes = f"{sizes.bf16_bytes / 1e6:,.1f} MB in bf16, {sizes.storage_bytes / 1e6:,.1f} MB ternary"
     print(f"storage: {megabytes} ({sizes.ratio:.2f}x)")
+    if args.low_rank:
+        print(f"corrections of rank {args.low_rank}: {sizes.correction_bytes / 1e6:,.1f} MB of them")
     if end_to_end:
         print(f"log of the training end to end: {output / LOG}")
     print(f"written to {output}; signal-to-noise ratios of all layers: {TABLE}, {PLOT}")

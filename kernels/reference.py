@@ -98,6 +98,17 @@ def quantized_values(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     return values_MK, scale_M
 
 
+def rounded_to_int8(x: Tensor) -> Tensor:
+    """x [..., K] as its quantized values stand for it, in its dtype."""
+    values_MK, scale_M = quantized_values(x.flatten(0, -2))
+    return (values_MK * scale_M[:, None]).to(x.dtype).view_as(x)
+
+
+def dequantized(x: Quantized, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The activations [M, K] that quantized ones stand for, in `dtype`."""
+    return (plane_unpadded(x.values_MP, in_features) * x.scale_M[:, None]).to(dtype)
+
+
 def digits(x_MK: Tensor) -> Quantized:
     """x as fixed-point numbers of 24 bits below each token's largest, [4 M, P]: rows 4 m to 4 m + 3 add up to token m.
 

@@ -51,6 +51,7 @@ def build_depth() -> DPTForDepthEstimation:
         )
     )
     last = [layer for layer in model.head.head if isinstance(layer, nn.Conv2d)][-1]
+    assert last.bias is not None
     nn.init.constant_(last.bias, BACKGROUND)  # behind it is a ReLU, which must not start at zero everywhere
     return model
 

@@ -23,17 +23,21 @@ from kernels.packing import codes_bytes
 from kernels.reference import Activations
 
 GROUP = 64  # columns that share a scale in the row with groups
+RANK = 16  # of the correction in the row with one
 OWN_STATES = 0.5
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row. `distilled` trains end to end on velocity; `group` puts a scale on every so many columns of a row."""
+    """One row. `distilled` trains end to end on velocity; `group` puts a scale on every so many columns of a row;
+    `low_rank` corrects every ternary layer.
+    """
 
     name: str
     init: Init = "compensated"
     group: int | None = None
     modulation: bool = True
+    low_rank: int = 0
     reconstructed: bool = False
     distilled: bool = False
     own_states: float = 0.0
@@ -48,6 +52,7 @@ VARIANTS = (
     Variant("least squares with bf16 modulation", init="least-squares", modulation=False),
     Variant("+ compensation"),
     Variant("+ compensation with bf16 modulation", modulation=False),
+    Variant(f"+ compensation with a correction of rank {RANK}", low_rank=RANK),
     Variant("+ block-wise", reconstructed=True),
     Variant("+ end to end", reconstructed=True, distilled=True),
     Variant("+ own-state rollouts", reconstructed=True, distilled=True, own_states=OWN_STATES),
@@ -133,13 +138,15 @@ class Ablation:
             columns, rows = layer.in_features, layer.out_features
             scales = -(-columns // variant.group) if variant.group else 1
             stored += codes_bytes("trits", rows, columns) + rows * (SCALE_BYTES * scales - BF16_BYTES * columns)
+            stored += BF16_BYTES * variant.low_rank * (rows + columns)
         return stored
 
     def _initialised(self, variant: Variant) -> FluxTransformer2DModel:
         steps = self.budget.reconstruction_steps if variant.reconstructed else 0
         training = ReconstructionSettings(steps, seed=self.settings.seed) if steps else None
-        how = WalkSettings(variant.init, training, variant.modulation)
+        how = WalkSettings(variant.init, training, variant.modulation, variant.low_rank)
         folder = f"{variant.init}{'-trained' if steps else ''}{'' if variant.modulation else '-bf16-modulation'}"
+        folder += f"-rank-{variant.low_rank}" if variant.low_rank else ""
         work = WorkFolder(self.directory / folder, self.recipe)
         quantize_blocks(self.source, self.calibration, how, work)
         return collect(self.source, work)

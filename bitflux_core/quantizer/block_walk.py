@@ -1,17 +1,19 @@
 """The walk through the transformer: each block is quantized behind the ternary blocks before it, then stepped over.
 
-Legend: N output features, K input features.
+Legend: N output features, K input features, R rank of a correction.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitflux_core.errors import UserError
+from bitflux_core.layers import check_rank
+from bitflux_core.low_rank import LowRank, best_low_rank
 from bitflux_core.quantizer.blocks import BlockSource, Stream, recorded_inputs
 from bitflux_core.quantizer.calibration import Calibration, States
 from bitflux_core.quantizer.compensation import Compensator, InputMoments
@@ -58,12 +60,14 @@ class CalibrationSet:
 @dataclass(frozen=True)
 class WalkSettings:
     """How every block is quantized: without `reconstruction` it stays as initialised, without `modulation` the layers
-    that make scales and shifts of the embeddings keep their full weights.
+    that make scales and shifts of the embeddings keep their full weights. Ternary layers have corrections of rank
+    `low_rank`, or none for 0.
     """
 
     init: Init
     reconstruction: ReconstructionSettings | None = None
     modulation: bool = True
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
@@ -82,8 +86,9 @@ def quantize_blocks(
 
     A block is always stepped over as it was saved, so that an interrupted and resumed walk gives the same codes.
     Without calibration nothing is measured but weights; `compensated` and reconstruction need it. UserError where
-    they lack it, and for weights that are missing or not finite.
+    they lack it, for weights that are missing or not finite, and for a rank that a layer cannot have.
     """
+    check_rank(source.empty, settings.low_rank)
     if calibration is None and (settings.init == "compensated" or settings.reconstruction):
         raise UserError(f"{settings.init} codes need calibration prompts: name a file of them")
     streams = calibration.calibration.streams(source, calibration.states) if calibration else []
@@ -113,6 +118,9 @@ def assemble(teacher: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         if f"{layer}.packed" in tensors:
             packed_NJ, scale_N = tensors[f"{layer}.packed"].to(full.device), tensors[f"{layer}.scale"].to(full.device)
             state[key] = dequantize(packed_NJ, scale_N, full.shape[1], full.dtype)
+            if f"{layer}.up" in tensors:
+                correction = LowRank(tensors[f"{layer}.up"].to(full.device), tensors[f"{layer}.down"].to(full.device))
+                state[key] = (state[key].float() + correction.product()).to(full.dtype)
         else:
             state[key] = tensors[key].to(full)
     student.load_state_dict(state)
@@ -123,13 +131,13 @@ def _quantize_block(
     name: str, teacher: nn.Module, teacher_streams: list[Stream], student_streams: list[Stream], settings: WalkSettings
 ) -> dict[str, Tensor]:
     """The ternary block's tensors, as `assemble` takes them, on the CPU."""
-    student = copy.deepcopy(teacher)
+    student, teacher_dtype = copy.deepcopy(teacher), next(teacher.parameters()).dtype
     weights: dict[str, TernaryWeight] = {}
     for stage in STAGES[name.split(".")[0]][0 if settings.modulation else 1 :]:
         if settings.init == "compensated":
-            ternaries = _compensated_stage(stage, teacher, student, teacher_streams, student_streams)
+            ternaries = _compensated_stage(stage, teacher, student, teacher_streams, student_streams, settings.low_rank)
         else:
-            ternaries = _rounded_stage(stage, teacher, settings.init)
+            ternaries = _rounded_stage(stage, teacher, settings.init, settings.low_rank)
         for layer, ternary, shift_N in ternaries:
             linear = student.get_submodule(layer)
             assert isinstance(linear, nn.Linear)
@@ -147,15 +155,23 @@ def _quantize_block(
     for layer, ternary in weights.items():
         tensors[f"{layer}.packed"] = pack_planes(ternary.codes_NK).cpu()
         tensors[f"{layer}.scale"] = ternary.scale_N.float().cpu().contiguous()
+        if ternary.correction is not None:
+            for part, thin in zip(("up", "down"), ternary.correction, strict=True):
+                # As a checkpoint has it: later blocks must see no more than it keeps.
+                tensors[f"{layer}.{part}"] = thin.bfloat16().to(teacher_dtype).cpu().contiguous()
     return tensors
 
 
 Quantized = Iterator[tuple[str, TernaryWeight, Tensor | None]]  # a layer, its weight, what its bias gains
 
 
-def _rounded_stage(stage: tuple[tuple[str, ...], ...], teacher: nn.Module, init: Init) -> Quantized:
+def _rounded_stage(stage: tuple[tuple[str, ...], ...], teacher: nn.Module, init: Init, rank: int) -> Quantized:
     for layer in (layer for group in stage for layer in group):
-        yield layer, ROUNDING[init](teacher.get_parameter(f"{layer}.weight")), None
+        weight_NK = teacher.get_parameter(f"{layer}.weight")
+        ternary = ROUNDING[init](weight_NK)
+        if rank:
+            ternary = replace(ternary, correction=best_low_rank(weight_NK.float() - ternary.dequantize(), rank))
+        yield layer, ternary, None
 
 
 def _compensated_stage(
@@ -164,6 +180,7 @@ def _compensated_stage(
     student: nn.Module,
     teacher_streams: list[Stream],
     student_streams: list[Stream],
+    rank: int,
 ) -> Quantized:
     """One group after the other, so that the moments of only one are held."""
     for group in stage:
@@ -177,4 +194,4 @@ def _compensated_stage(
                 moments.add(mine[first], theirs[first])
         compensator = Compensator(moments)
         for layer in group:
-            yield layer, *compensator.quantize(teacher.get_parameter(f"{layer}.weight"))
+            yield layer, *compensator.quantize(teacher.get_parameter(f"{layer}.weight"), rank)

@@ -58,7 +58,7 @@ class EndToEndTask:
     """A training in `directory`, which holds all but the teacher: start, conditions, checkpoints, result.
 
     `images` of the held-out prompts are drawn with every record, the same noise each time, and kept as
-    `images/step-STEP.png` side by side.
+    `images/step-STEP.png` side by side. `low_rank` is the rank of the start's corrections.
     """
 
     pipeline_dir: Path
@@ -69,6 +69,7 @@ class EndToEndTask:
     held_out: tuple[int, ...]
     gpus: int = 1
     images: int = 0
+    low_rank: int = 0
 
     def prepare(self, start: FluxTransformer2DModel, conditions: Conditions) -> None:
         """Keeps what `run` reads; what an earlier call kept stays."""
@@ -134,6 +135,7 @@ class EndToEndTask:
             tokens=tokens,
             features=self.settings.features,
             gpus=self.gpus,
+            low_rank=self.low_rank,
             dtype=torch.bfloat16,
         )
         check_memory(plan, device)

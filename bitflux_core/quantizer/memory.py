@@ -9,6 +9,7 @@ from bitflux_core.layers import BLOCKS, block_linears
 FLOAT = 4
 MOMENT_MATRICES = 10  # K x K float32 at the peak: both moments, two covariances, and three factors in float64
 LAYER_MATRICES = 8  # N x K float32: target, codes, errors and slopes of one layer
+CORRECTION_MATRICES = 2  # more of them with corrections: what one leaves of the target, and the best codes so far
 BLOCKS_HELD = 3  # teacher, student, and the student as it was saved
 TRAINING_BYTES = 24  # a parameter: latent, gradient, two Adam moments, and the rounded copies of forward and backward
 LAYER_OUTPUTS = 40  # widths of activations that a block in training keeps a token
@@ -21,6 +22,7 @@ def required_bytes(
     batch: int,
     tokens: int,
     compensated: bool,
+    corrected: bool,
     trained: bool,
     dtype: torch.dtype,
 ) -> int:
@@ -32,7 +34,8 @@ def required_bytes(
     outside = sum(parameter.numel() for parameter in empty.parameters()) - inside
     layers = list(block_linears(empty).values())
     width = empty.inner_dim
-    working = LAYER_MATRICES * FLOAT * max(layer.in_features * layer.out_features for layer in layers)
+    matrices = LAYER_MATRICES + (CORRECTION_MATRICES if corrected else 0)
+    working = matrices * FLOAT * max(layer.in_features * layer.out_features for layer in layers)
     if compensated:
         working += MOMENT_MATRICES * FLOAT * max(layer.in_features for layer in layers) ** 2
     if trained:

@@ -17,7 +17,7 @@ from bitflux_core.distill import Conditions, sampler_sigmas
 from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.errors import UserError
 from bitflux_core.generate import TextEncoder
-from bitflux_core.layers import empty_ternary_linears
+from bitflux_core.layers import check_rank, empty_ternary_linears
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.calibration import Calibration
@@ -27,6 +27,7 @@ from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.snr import Snr, write_plot, write_table
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
+from kernels.packing import Codes
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
 LOG = "distill.parquet"
@@ -47,6 +48,8 @@ class QuantizeSettings:
         end_to_end: how the whole transformer is trained afterwards; None leaves it as its blocks are.
         distill_prompts: what that training takes and, in part, holds out.
         distill_images: how many of those held out are drawn while it goes on.
+        low_rank: of a correction beside every ternary layer, in bf16; 0 for none.
+        codes: their layout in the checkpoint's files.
     """
 
     init: Init
@@ -59,6 +62,8 @@ class QuantizeSettings:
     end_to_end: EndToEndSettings | None = None
     distill_prompts: tuple[str, ...] = ()
     distill_images: int = 0
+    low_rank: int = 0
+    codes: Codes = "trits"
 
 
 def quantize(
@@ -75,17 +80,20 @@ def quantize(
     Work under way lies in `<output>.partial`, from which a killed run goes on: same codes. `report` hears of each
     block. Training end to end happens here or, with `run_on_gpus`, where that runs the task, on `gpus` GPUs; its log
     lies beside the ratios, which are those before it. UserError for an output in use, work of another recipe, a model
-    that is not FLUX or is damaged, prompts that are too long or too few, and for too little GPU memory.
+    that is not FLUX or is damaged, prompts that are too long or too few, a rank that a layer cannot have, and for too
+    little GPU memory.
     """
     check_unused(output)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
+    check_rank(source.empty, settings.low_rank)  # before there is a folder of work
     required = required_bytes(
         source.empty,
         states=len(settings.prompts) * settings.states_a_prompt,
         batch=settings.batch,
         tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
         compensated=settings.init == "compensated",
+        corrected=settings.low_rank > 0,
         trained=settings.reconstruction_steps > 0,
         dtype=dtype,
     )
@@ -104,6 +112,7 @@ def quantize(
             prompts.held_out,
             gpus,
             settings.distill_images,
+            settings.low_rank,
         )
         task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
@@ -112,7 +121,9 @@ def quantize(
     reconstruction = None
     if settings.reconstruction_steps:
         reconstruction = ReconstructionSettings(settings.reconstruction_steps, seed=settings.seed)
-    quantize_blocks(source, calibration, WalkSettings(settings.init, reconstruction), work, report)
+    quantize_blocks(
+        source, calibration, WalkSettings(settings.init, reconstruction, low_rank=settings.low_rank), work, report
+    )
 
     transformer = collect(source, work)
     rows = [row for name in source.names for row in work.load(name)[1]]
@@ -127,7 +138,8 @@ def quantize(
         transformer, records = task.result()
     made = work.directory / "checkpoint"
     shutil.rmtree(made, ignore_errors=True)  # of a run that was killed while it wrote
-    save_ternary(transformer, made, provenance, method="self-distillation" if records else settings.init)
+    method = "self-distillation" if records else settings.init
+    save_ternary(transformer, made, provenance, method=method, codes=settings.codes)
     write_table(rows, made / TABLE)
     write_plot(rows, made / PLOT)
     if records:
@@ -171,6 +183,8 @@ def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
         "batch": settings.batch,
         "seed": settings.seed,
     }
+    if settings.low_rank:
+        made_by["low_rank"] = settings.low_rank
     if settings.end_to_end:
         made_by["end_to_end"] = {**asdict(settings.end_to_end), "prompts": _digest(settings.distill_prompts)}
     return made_by
@@ -200,7 +214,9 @@ def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
     for name in source.names:
         tensors, _ = work.load(name)
         state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    empty_ternary_linears(transformer, names={key.removesuffix(".packed") for key in state if key.endswith(".packed")})
+    ternary = {key.removesuffix(".packed") for key in state if key.endswith(".packed")}
+    rank = next((len(tensor) for key, tensor in state.items() if key.endswith(".down")), 0)
+    empty_ternary_linears(transformer, names=ternary, rank=rank)
     transformer.load_state_dict(state, assign=True)
     return transformer.eval().requires_grad_(False)
 

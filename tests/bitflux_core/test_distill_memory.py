@@ -9,6 +9,7 @@ from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import LatentTernaryLinear, make_student
 from bitflux_core.distill_memory import SAVED_WIDTHS, MemoryPlan, check_memory, memory_plan
 from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
 
 TOKENS = 4096 + 512
 
@@ -31,6 +32,13 @@ def test_flux_dev_fits_one_gpu_of_80_gb(flux_dev):
     assert plan.moments < 0.05e9
     assert plan.block_inputs == pytest.approx((57 + 8) * 28.3e6, rel=1e-3)
     assert 50e9 < plan.total < 60e9
+
+
+def test_corrections_are_trained_in_float32(flux_dev):
+    sizes = [layer.in_features + layer.out_features for layer in block_linears(flux_dev).values()]
+    plain, corrected = plan_of(flux_dev), plan_of(flux_dev, low_rank=16)
+    assert corrected.others - plain.others == 16 * sum(sizes) * 16  # itself, its gradient and two moments
+    assert corrected.step - plain.step == corrected.others - plain.others
 
 
 def test_several_gpus_share_teacher_and_latents(flux_dev):

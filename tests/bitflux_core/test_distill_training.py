@@ -17,6 +17,7 @@ from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_resul
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
+from bitflux_core.low_rank import best_low_rank
 
 CPU = torch.device("cpu")
 SIDE, TEXT, PROMPTS = 2, 4, 24
@@ -46,11 +47,14 @@ def train(teacher, tmp_path):
         torch.randn(PROMPTS, config.pooled_projection_dim),
         torch.stack([torch.zeros(SIDE**2), rows.flatten(), columns.flatten()], dim=-1).float(),
     )
-    start = copy.deepcopy(teacher)
-    quantize_transformer(start)
+    plain = copy.deepcopy(teacher)
+    quantize_transformer(plain)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
 
-    def make(folder: str, held_out=(22, 23), compiled=False, **changes) -> EndToEnd:
+    def make(folder: str, held_out=(22, 23), rank=0, compiled=False, **changes) -> EndToEnd:
+        start = copy.deepcopy(plain)
+        for name, layer in block_linears(start).items() if rank else ():
+            layer.up, layer.down = best_low_rank(teacher.get_parameter(f"{name}.weight") - layer.dequantize(), rank)
         settings = replace(SETTINGS, **changes)
         trained = [place for place in range(PROMPTS) if place not in held_out]
         parts = (copy.deepcopy(teacher), start, scheduler, conditions, trained, held_out, settings, CPU)
@@ -133,6 +137,37 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monke
     assert (tmp_path / "whole" / RESULT).read_bytes() == (tmp_path / "broken" / RESULT).read_bytes()
     assert [r.step for r in resumed.records] == [0, 2, 4, 4, 6]
     assert [(r.loss, r.codes_flipped) for r in whole.records] == [(r.loss, r.codes_flipped) for r in resumed.records]
+
+
+def test_corrections_start_train_and_end_with_the_student(train, tmp_path, teacher):
+    run = train("a", rank=4, steps=40, int8_steps=10, interval=10, batch=8, slots=8, other_lr=2e-3)
+    thin = {name: p for name, p in run.others.items() if name.endswith((".up", ".down"))}
+    assert len(thin) == 2 * len(run.latents)
+    assert {p.dtype for p in thin.values()} == {torch.float32}
+    before = {name: p.detach().clone() for name, p in thin.items()}
+    for name, layer in block_linears(run.start).items():
+        assert torch.equal(before[f"{name}.up"], layer.up)
+    start_error = run.held_out_error()
+    assert start_error < 0.9 * train("b").held_out_error()
+    run.run()
+    assert all(not torch.equal(before[name], p) for name, p in thin.items())
+    run._save_best()
+    made = load_result(dict(teacher.config), tmp_path / "a")
+    assert all(torch.equal(p, made.get_buffer(name)) for name, p in thin.items())
+    for layer in block_linears(made).values():
+        layer.activations = "int8"
+    inputs = next(iter(run.held_out))
+    torch.testing.assert_close(made(**inputs, return_dict=False)[0], run._predict(inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_training_with_corrections_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
+    train("whole", rank=4).run()
+    broken = train("broken", rank=4)
+    monkeypatch.setattr(broken, "held_out_error", iter([0.6, 0.5]).__next__)
+    with pytest.raises(StopIteration):
+        broken.run()
+    train("broken", rank=4).run()
+    assert (tmp_path / "whole" / RESULT).read_bytes() == (tmp_path / "broken" / RESULT).read_bytes()
 
 
 def test_a_checkpoint_killed_while_written_does_not_count(train, tmp_path, monkeypatch):

@@ -55,12 +55,12 @@ def test_variants_differ_in_their_linears(load):
     }
 
 
-def test_storage_needs_no_weights(pipeline_copy, load):
+def test_storage_needs_no_weights(pipeline_copy, ternary_dir, load):
     (pipeline_copy / WEIGHTS).unlink()
     report = size_report(load("bf16"))
-    assert storage_bytes("bf16", pipeline_dir=pipeline_copy) == report.bf16_bytes
+    assert storage_bytes("bf16", pipeline_dir=pipeline_copy, ternary_dir=None) == report.bf16_bytes
     for variant in ("ternary", "ternary-int8", "ternary-reference"):
-        assert storage_bytes(variant, pipeline_dir=pipeline_copy) == report.storage_bytes
+        assert storage_bytes(variant, pipeline_dir=pipeline_copy, ternary_dir=ternary_dir) == report.storage_bytes
 
 
 def test_fingerprint_covers_the_weights_in_use_and_the_rest_of_the_pipeline(pipeline_copy, ternary_dir):

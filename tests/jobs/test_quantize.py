@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from bitflux_core.checkpoint import load_ternary
 from cluster.manifests import REPOSITORY
@@ -19,6 +20,32 @@ def test_a_written_checkpoint_loads(models, tmp_path, profile, capsys):
     assert quantize.main(["--profile", profile, "--init", "absmean", "--output", str(tmp_path / "twin")]) == 0
     assert "ternary" in capsys.readouterr().out
     assert load_ternary(tmp_path / "twin", dtype=torch.float32, device="cpu").config.num_layers == 2
+
+
+@pytest.mark.parametrize(("codes", "rank"), [("planes", None), ("trits", 3), ("planes", 3)])
+def test_codes_and_corrections_are_as_asked_and_the_storage_that_of_the_files(
+    models, tmp_path, profile, capsys, codes, rank
+):
+    output = tmp_path / "twin"
+    arguments = ["--init", "absmean", "--codes", codes, *(["--low-rank", str(rank)] if rank else [])]
+    assert quantize.main(["--profile", profile, *arguments, "--output", str(output)]) == 0
+    tensors = {name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert {t.ndim for name, t in tensors.items() if name.endswith(".packed")} == {2 if codes == "planes" else 1}
+    assert {len(t) for name, t in tensors.items() if name.endswith(".down")} == ({rank} if rank else set())
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    said = capsys.readouterr().out
+    assert f"{stored / 1e6:,.1f} MB ternary" in said
+    assert ("corrections of rank 3" in said) == bool(rank)
+
+
+@pytest.mark.parametrize("rank", ["0", "-4", "half", "257"])
+def test_a_rank_that_cannot_be_is_refused(models, profile, tmp_path, capsys, rank):
+    arguments = ["--init", "absmean", f"--low-rank={rank}", "--output", str(tmp_path / "twin")]
+    assert quantize.main(["--profile", profile, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert rank in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):

@@ -36,6 +36,13 @@ def test_storage_is_that_of_the_accounting(ablation):
     assert ablation.storage_bytes(NAMED["+ compensation"]) == size_report(ablation.source.empty).storage_bytes
 
 
+def test_corrections_are_in_the_transformer_and_in_its_storage(ablation):
+    variant = NAMED["+ compensation with a correction of rank 16"]
+    made = ablation.transformer(variant)
+    assert {layer.down.shape[0] for layer in block_linears(made).values()} == {16}
+    assert ablation.storage_bytes(variant) == size_report(made).storage_bytes
+
+
 def test_group_scales_fit_the_weights_better_and_take_more_room(ablation):
     variant = replace(NAMED["least squares in groups of 64"], group=8)
     grouped, rows = ablation.transformer(variant), ablation.transformer(NAMED["least squares"])

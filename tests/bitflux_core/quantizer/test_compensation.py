@@ -22,11 +22,11 @@ def correlated_MK(generator):
     return torch.randn(TOKENS, COLUMNS, generator=generator) @ mix + torch.randn(COLUMNS, generator=generator)
 
 
-def compensate(weight_NK, student_MK, teacher_MK):
+def compensate(weight_NK, student_MK, teacher_MK, rank=0):
     moments = InputMoments(student_MK.shape[1], torch.device("cpu"))
     for student, teacher in zip(student_MK.split(700), teacher_MK.split(700), strict=True):
         moments.add(student, teacher)
-    return Compensator(moments).quantize(weight_NK)
+    return Compensator(moments).quantize(weight_NK, rank)
 
 
 def output_error(weight_NK, ternary, shift_N, student_MK, teacher_MK):
@@ -103,3 +103,38 @@ def test_a_covariance_a_little_indefinite_is_damped_more():
     damped_KK, factor_KK, inverse_factor_KK = compensation._damped_factors(covariance_KK)
     torch.testing.assert_close(factor_KK @ factor_KK.T, damped_KK)
     torch.testing.assert_close(inverse_factor_KK.T @ inverse_factor_KK @ damped_KK, torch.eye(3))
+
+
+def test_a_correction_takes_up_more_of_the_error_the_higher_its_rank(correlated_MK, generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    student_MK = correlated_MK + 0.02 * torch.randn(correlated_MK.shape, generator=generator)
+    made = {rank: compensate(weight_NK, student_MK, correlated_MK, rank) for rank in (0, 1, 4, 12, ROWS)}
+    errors = [output_error(weight_NK, *pair, student_MK, correlated_MK) for pair in made.values()]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.6 * errors[0]
+    # At full rank what is left is what no weight could mend.
+    inputs = torch.cat([student_MK, torch.ones(TOKENS, 1)], dim=1)
+    best = torch.linalg.lstsq(inputs, correlated_MK @ weight_NK.T).solution
+    least = (inputs @ best - correlated_MK @ weight_NK.T).square().sum() / (correlated_MK @ weight_NK.T).square().sum()
+    assert errors[-1] < 1.2 * least + 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 12])
+def test_codes_and_correction_found_in_turn_leave_less(correlated_MK, generator, monkeypatch, rank):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    errors = []
+    for turns in (1, 4, 8):
+        monkeypatch.setattr(compensation, "CORRECTION_TURNS", turns)
+        made = compensate(weight_NK, correlated_MK, correlated_MK, rank)
+        errors.append(output_error(weight_NK, *made, correlated_MK, correlated_MK))
+        if turns == 1:
+            assert torch.equal(made[0].codes_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0].codes_NK)
+    assert errors == sorted(errors, reverse=True)  # never worse: the best turn is kept
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_at_full_rank_the_weight_is_the_teachers_where_inputs_are(correlated_MK, generator):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    ternary, shift_N = compensate(weight_NK, correlated_MK, correlated_MK, ROWS)
+    assert (ternary.dequantize() - weight_NK).norm() < 0.01 * weight_NK.norm()
+    assert output_error(weight_NK, ternary, shift_N, correlated_MK, correlated_MK) < 1e-5

@@ -11,6 +11,7 @@ from bitflux_core.checkpoint import load_ternary
 from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
+from bitflux_core.layers import block_linears
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
 
@@ -30,7 +31,11 @@ def ignore(_name, _rows):
 @pytest.fixture
 def trained(settings):
     """Makes settings of a quantization with TRAINING, or with changes to it."""
-    return lambda **changes: settings(end_to_end=replace(TRAINING, **changes), distill_prompts=PROMPTS)
+
+    def make(low_rank=0, **changes):
+        return settings(end_to_end=replace(TRAINING, **changes), distill_prompts=PROMPTS, low_rank=low_rank)
+
+    return make
 
 
 def test_the_checkpoint_holds_the_trained_codes_and_the_log(trained, settings, lively_dir, tmp_path):
@@ -45,6 +50,17 @@ def test_the_checkpoint_holds_the_trained_codes_and_the_log(trained, settings, l
     seen = [(row["step"], row["phase"]) for row in log.to_pylist()]
     assert seen == [(0, "native"), (2, "native"), (4, "native"), (4, "int8"), (6, "int8")]
     assert not (tmp_path / "twin.partial").exists()
+
+
+def test_corrections_train_along_and_are_saved(trained, settings, lively_dir, tmp_path):
+    quantize(lively_dir, tmp_path / "start", settings(low_rank=4), CPU, ignore)
+    made = quantize(lively_dir, tmp_path / "twin", trained(low_rank=4, other_lr=1e-2), CPU, ignore)
+    start, loaded = (load_ternary(tmp_path / name, dtype=torch.float32, device="cpu") for name in ("start", "twin"))
+    for name, layer in block_linears(loaded).items():
+        for part in ("down", "up"):
+            thin = getattr(layer, part)
+            assert torch.equal(thin, made.get_submodule(name).get_buffer(part).bfloat16().float())
+            assert not torch.equal(thin, start.get_submodule(name).get_buffer(part))
 
 
 @pytest.mark.slow

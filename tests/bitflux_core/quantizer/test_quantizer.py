@@ -70,6 +70,58 @@ def test_compensation_gains_decibels_at_every_block(settings, compensated, livel
     assert all(better[name] > plain[name] + 3 for name in plain)
 
 
+def test_corrections_are_part_of_the_checkpoint_and_gain_at_every_block(settings, compensated, lively_dir, tmp_path):
+    made = [compensated]
+    for rank in (4, 16):
+        made.append(tmp_path / f"rank-{rank}")
+        returned = quantize(lively_dir, made[-1], settings(low_rank=rank, codes="planes"), CPU, ignore)
+        loaded = load_ternary(made[-1], dtype=torch.bfloat16, device="cpu")
+        for name, layer in block_linears(loaded).items():
+            assert (layer.down.shape, layer.up.shape) == ((rank, layer.in_features), (layer.out_features, rank))
+            assert torch.equal(layer.down.float(), returned.get_submodule(name).down)  # nothing was lost by saving
+        header = json.loads((made[-1] / "config.json").read_text())["quantization_config"]
+        assert (header["low_rank"], header["codes"], header["provenance"]["low_rank"]) == (rank, "planes", rank)
+    outputs = [blocks(folder) for folder in made]
+    for name in outputs[0]:
+        assert outputs[2][name] > outputs[1][name] + 1 > outputs[0][name] + 1.5
+
+
+def test_later_layers_see_the_corrected_prefix(settings, lively_dir, tmp_path):
+    """At full rank the first block is the teacher's, but for bfloat16, and so is what the second block reads."""
+    quantize(lively_dir, tmp_path / "twin", settings(low_rank=32), CPU, ignore)
+    assert blocks(tmp_path / "twin")["transformer_blocks.0"] > 40
+    assert blocks(tmp_path / "twin")["single_transformer_blocks.0"] > 40
+
+
+def test_corrections_without_calibration_lessen_the_weights_errors(settings, lively_dir, tmp_path):
+    worst = []
+    for rank in (0, 4):
+        output = tmp_path / f"rank-{rank}"
+        quantize(lively_dir, output, settings(init="least-squares", prompts=(), low_rank=rank), CPU, ignore)
+        table = pq.read_table(output / TABLE).to_pylist()
+        worst.append([row["weight_snr_db"] for row in table if row["level"] == "layer"])
+    assert all(better > plain + 0.5 for plain, better in zip(*worst, strict=True))
+
+
+def test_blocks_in_training_take_their_corrections_along(settings, lively_dir, tmp_path):
+    rounded, trained = tmp_path / "rounded", tmp_path / "trained"
+    how = {"init": "least-squares", "low_rank": 4}
+    quantize(lively_dir, rounded, settings(**how), CPU, ignore)
+    quantize(lively_dir, trained, settings(reconstruction_steps=60, **how), CPU, ignore)
+    before, after = blocks(rounded), blocks(trained)
+    assert all(after[name] > before[name] + 0.2 for name in before)
+    first, second = (load_ternary(folder, dtype=torch.float32, device="cpu") for folder in (rounded, trained))
+    for name, layer in block_linears(first).items():
+        assert not torch.equal(layer.up, second.get_submodule(name).up)
+
+
+@pytest.mark.parametrize("rank", [-1, 33])
+def test_a_rank_that_a_layer_cannot_have_is_refused_before_any_work(settings, lively_dir, tmp_path, rank):
+    with pytest.raises(UserError, match=rf"low rank {rank}: take 1 to 32"):
+        quantize(lively_dir, tmp_path / "twin", settings(low_rank=rank), CPU, ignore)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("init", ["least-squares", "absmean"])
 def test_rounding_needs_no_calibration_and_equals_conversion(settings, init, lively_dir, tmp_path):
     quantize(lively_dir, tmp_path / "twin", settings(init=init, prompts=()), CPU, ignore)
