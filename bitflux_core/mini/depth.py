@@ -16,7 +16,7 @@ from bitflux_core.training import fit
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.998
-BACKGROUND = 0.5  # what the model gives for it: depths are relative, and zero is where its last ReLU is dead
+PAPER = 0.5  # what the model gives for it: depths are relative, and zero is where its last ReLU is dead
 HIDING = 10.0  # times as often as the training mix: scenes in which one object is nearer than another
 PREPROCESSOR = {
     "image_processor_type": "DPTImageProcessor",
@@ -52,7 +52,7 @@ def build_depth() -> DPTForDepthEstimation:
     )
     last = [layer for layer in model.head.head if isinstance(layer, nn.Conv2d)][-1]
     assert last.bias is not None
-    nn.init.constant_(last.bias, BACKGROUND)  # behind it is a ReLU, which must not start at zero everywhere
+    nn.init.constant_(last.bias, PAPER)  # behind it is a ReLU, which must not start at zero everywhere
     return model
 
 
@@ -63,7 +63,7 @@ def predicted_depth(model: DPTForDepthEstimation, images_BCHW: Tensor) -> Tensor
 
 
 def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device: torch.device, seed: int) -> float:
-    """Trains `model` in place; returns the mean squared error (0 is the background's depth, 1 the nearest's)."""
+    """Trains `model` in place; returns the mean squared error (from 0, lying on the paper, to 1, lying on another)."""
     specs, weights = training_prompts()
     weights = [
         weight * (HIDING if spec.relation in (IN_FRONT, INSIDE) else 1)
@@ -79,7 +79,7 @@ def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device:
         image, masks = render(scenes, generator)
         with torch.autocast(device.type, torch.bfloat16):
             found = predicted_depth(model, wear(image, generator))
-        return (found - BACKGROUND - depth_map(scenes, masks)).square().mean()
+        return (found - PAPER - depth_map(scenes, masks)).square().mean()
 
     error = fit(
         "depth",

@@ -323,7 +323,8 @@ def render(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def depth_map(scenes: Scenes, masks_BOHW: Tensor) -> Tensor:
-    """How near each pixel is, float32 [B, H, W] in [0, 1]: background 0, objects 0.5, one in front of another 1."""
-    near_BO = torch.full_like(scenes.x_BO, 0.5)
-    near_BO[:, 1] = torch.where(scenes.covers_B, 1.0, 0.5)
-    return (near_BO[..., None, None] * masks_BOHW).amax(1)
+    """How near each pixel is, float32 [B, H, W]: shapes lie on paper, at 0, and one that lies on another is at 1.
+
+    So the mean in an object's box tells what lies on top whatever part of its box a shape fills.
+    """
+    return (masks_BOHW[:, 1] & scenes.covers_B[:, None, None]).float()

@@ -82,8 +82,7 @@ def test_what_lies_in_front_hides_a_part_and_is_nearer():
     assert sum(_overlap(*pair) for pair in boxes) > 0.95 * len(specs)
     for row in range(len(specs)):
         assert depth[row][masks[row, 1]].unique().tolist() == [1.0]
-        assert depth[row][masks[row, 0]].unique().tolist() == [0.5]
-        assert depth[row][~masks[row].any(0)].unique().tolist() == [0.0]
+        assert depth[row][~masks[row, 1]].unique().tolist() == [0.0]  # the shape behind lies on the paper
     assert (scenes.colors_BO[:, 0] != scenes.colors_BO[:, 1]).all()
 
 
