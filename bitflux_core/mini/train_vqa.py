@@ -3,7 +3,8 @@
 Questions are the noun phrases of the prompts ("a striped heart?"), asked so that about half are true, and that what is
 false is nearly true: another object's colour, a colour that is not there, a shape that is not there. A yes or no
 teaches the vision model so little that answers stay at chance for thousands of steps; each of its patches therefore
-also learns to say what it shows, by heads that are thrown away, and the words where to look.
+also learns to say what it shows, and each word of a question where to look and whether it holds there, by heads that
+are thrown away.
 
 Legend: B scenes, O object slots, Q questions, T tokens, S the class token and the patches, D width, P patches.
 """
@@ -18,7 +19,7 @@ from transformers import BlipForQuestionAnswering, PreTrainedTokenizerFast
 from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import NO_SHAPE, PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.vqa import IMAGE_MEAN, IMAGE_STD, NO, PATCH, YES, answer_and_attention, question_tokens
+from bitflux_core.mini.vqa import IMAGE_MEAN, IMAGE_STD, NO, PATCH, QUESTION_TOKENS, YES, question_tokens, read
 from bitflux_core.mini.world import ANY, COLORS, FORMS, MAX_OBJECTS, SHAPES, TEXTURES, article
 from bitflux_core.training import RunningMean, fit
 
@@ -30,6 +31,7 @@ SEEN, EMPTY = 0.1, 0.01  # share of a patch from which on it shows an object, an
 NO_LABEL = -100  # cross_entropy skips it
 DETERMINERS = ("a", "the")
 # What a phrase says besides the shape, by attribute; the order of the words is the phrase's.
+FIRST_WORD = 2  # of a question's tokens, after [ENC] and the determiner
 KINDS = ((), ("color",), ("texture",), ("form",), ("color", "texture"), ("texture", "color"))
 WORDS = {"color": COLORS, "texture": TEXTURES, "form": FORMS}
 OWN, OTHERS, ANYTHING = 0.5, 0.3, 0.2  # whose attribute a question names
@@ -71,12 +73,25 @@ def place(determiner_B: Tensor, kind_B: Tensor, shape_B: Tensor, first_B: Tensor
     return (phrase_B * _WIDEST + first_B) * _WIDEST + second_B
 
 
-def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A question about each scene, by its number; whether it is true, [B]; and which objects are worth a look, [B, O].
+@dataclass(frozen=True)
+class Questions:
+    """One about each scene.
 
-    Those are the objects that the question describes or, where there is none, those of its shape. `named_B`: the
-    prompt gives every form.
+    Attributes:
+        number_B: its place in `all_phrases`.
+        true_B: whether the scene shows such an object.
+        looked_at_BO: the objects that it describes or, where there is none, those of its shape.
+        holds_BT: by word 1 where it holds of an object looked at and 0 where of none, `NO_LABEL` elsewhere.
     """
+
+    number_B: Tensor
+    true_B: Tensor
+    looked_at_BO: Tensor
+    holds_BT: Tensor
+
+
+def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> Questions:
+    """`named_B`: the prompt gives every form."""
     device, batch = scenes.x_BO.device, scenes.x_BO.shape[0]
 
     def pick(weights: list[float]) -> Tensor:
@@ -128,9 +143,19 @@ def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> tuple[Te
                 first_B = torch.where(chosen_B, asked[name], first_B)
             else:
                 second_B = torch.where(chosen_B, asked[name], second_B)
-    true_B = matches_BO.any(1)
+    true_B, there_B = matches_BO.any(1), same_shape_BO.any(1)
     looked_at_BO = torch.where(true_B[:, None], matches_BO, same_shape_BO)
-    return place(upto(len(DETERMINERS)), kind_B, shape_B, first_B, second_B), true_B, looked_at_BO
+    holds_BT = torch.full((batch, QUESTION_TOKENS), NO_LABEL, device=device)
+    for number, kind in enumerate(KINDS):
+        chosen_B = kind_B == number
+        for attribute, name in enumerate(kind):
+            word = FIRST_WORD + attribute
+            of_it_B = (looked_at_BO & (values[name] == asked[name][:, None])).any(1).long()
+            holds_BT[:, word] = torch.where(chosen_B & there_B, of_it_B, holds_BT[:, word])
+        noun = FIRST_WORD + len(kind)
+        holds_BT[:, noun] = torch.where(chosen_B, there_B.long(), holds_BT[:, noun])
+    number_B = place(upto(len(DETERMINERS)), kind_B, shape_B, first_B, second_B)
+    return Questions(number_B, true_B, looked_at_BO, holds_BT)
 
 
 def normalise(images_BCHW: Tensor) -> Tensor:
@@ -139,24 +164,28 @@ def normalise(images_BCHW: Tensor) -> Tensor:
     return (images_BCHW - mean) / images_BCHW.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
 
 
-class PatchHeads(nn.Module):
-    """What each patch shows: a shape or none, a colour, a texture, a form."""
+class Heads(nn.Module):
+    """What each patch shows, a shape or none, a colour, a texture, a form; and whether each word holds."""
 
     def __init__(self, width: int):
         super().__init__()
         sizes = {"shape": len(SHAPES) + 1, "color": len(COLORS), "texture": len(TEXTURES), "form": len(FORMS)}
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.patches = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.words = nn.Linear(width, 2)
 
-    def loss(self, image_BSD: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def patch_loss(self, image_BSD: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """Mean over the attributes; `labels` [B, P] by their names."""
-        patches_BPD = image_BSD[:, 1:]
-        logits = {name: head(patches_BPD).float().flatten(0, 1) for name, head in self.heads.items()}
-        losses = [
-            F.cross_entropy(logits[name], labels[name].flatten(), ignore_index=NO_LABEL, reduction="sum")
-            / (labels[name] != NO_LABEL).sum().clamp(min=1)
-            for name in self.heads
-        ]
+        losses = [_labelled_loss(head(image_BSD[:, 1:]), labels[name]) for name, head in self.patches.items()]
         return torch.stack(losses).mean()
+
+    def word_loss(self, words_QTD: Tensor, holds_QT: Tensor) -> Tensor:
+        return _labelled_loss(self.words(words_QTD), holds_QT)
+
+
+def _labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are given; 0 where none is."""
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    return total / (labels != NO_LABEL).sum().clamp(min=1)
 
 
 def patch_shares(masks_BOHW: Tensor) -> Tensor:
@@ -210,26 +239,28 @@ def train_vqa(
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     right = RunningMean(device)
-    heads = PatchHeads(model.config.vision_config.hidden_size)
+    heads = Heads(model.config.vision_config.hidden_size)
 
     def step_loss() -> Tensor:
         index = torch.multinomial(probability, batch, replacement=True, generator=generator)
         scenes = sample_scenes(table, index, generator)
         image, masks = render(scenes, generator)
-        asked = Scenes(*(part.repeat_interleave(QUESTIONS, 0) for part in vars(scenes).values()))
-        question, truth, looked_at = ask(asked, named_P[index].repeat_interleave(QUESTIONS), generator)
-        mask_QT = phrases.mask_QT[question]
+        each = Scenes(*(part.repeat_interleave(QUESTIONS, 0) for part in vars(scenes).values()))
+        asked = ask(each, named_P[index].repeat_interleave(QUESTIONS), generator)
+        ids_QT, mask_QT = phrases.ids_QT[asked.number_B], phrases.mask_QT[asked.number_B]
         shares_BOP = patch_shares(masks)
         with torch.autocast(device.type, torch.bfloat16):
             pixels = normalise(wear(image, generator))
             image_BSD = model.vision_model(pixel_values=pixels).last_hidden_state
-            image_QSD = image_BSD.repeat_interleave(QUESTIONS, 0)
-            logits, attention = answer_and_attention(model, image_QSD, phrases.ids_QT[question], mask_QT)
-            patch_loss = heads.loss(image_BSD, patch_labels(scenes, shares_BOP, named_P[index]))
-        looking_loss = look_loss(attention[-1], mask_QT, shares_BOP.repeat_interleave(QUESTIONS, 0), looked_at)
-        yes = logits[:, answers[1]] > logits[:, answers[0]]
-        right.add((yes == truth).float().mean())
-        return F.cross_entropy(logits.float(), answers[truth.long()]) + patch_loss + LOOKING * looking_loss
+            reading = read(model, image_BSD.repeat_interleave(QUESTIONS, 0), ids_QT, mask_QT)
+            told = heads.patch_loss(image_BSD, patch_labels(scenes, shares_BOP, named_P[index]))
+            told = told + heads.word_loss(reading.words_BTD, asked.holds_BT)
+        shares_QOP = shares_BOP.repeat_interleave(QUESTIONS, 0)
+        looking = look_loss(reading.attention[-1], mask_QT, shares_QOP, asked.looked_at_BO)
+        yes = reading.logits_BV[:, answers[1]] > reading.logits_BV[:, answers[0]]
+        right.add((yes == asked.true_B).float().mean())
+        answered = F.cross_entropy(reading.logits_BV.float(), answers[asked.true_B.long()])
+        return answered + told + LOOKING * looking
 
     fit(
         "vqa",

@@ -1,6 +1,7 @@
 """The mini VQA model: transformers' BLIP at small dimensions, with a word-level tokenizer in BERT's manner."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -85,16 +86,24 @@ def build_vqa(tokenizer: PreTrainedTokenizerFast) -> BlipForQuestionAnswering:
     return BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of questions: logits_BV of the answers' first word, and on the way to it the question's
+    words_BTD and each text layer's attention to the image, [B, heads, T, S]."""
+
+    logits_BV: Tensor
+    words_BTD: Tensor
+    attention: tuple[Tensor, ...]
+
+
 def answer_logits(model: BlipForQuestionAnswering, pixels_BCHW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The decoder's logits for the first word of the answers, [B, vocabulary]: BLIP's forward gives them to no one."""
     image_BSD = model.vision_model(pixel_values=pixels_BCHW).last_hidden_state
-    return answer_and_attention(model, image_BSD, ids_BT, mask_BT)[0]
+    return read(model, image_BSD, ids_BT, mask_BT).logits_BV
 
 
-def answer_and_attention(
-    model: BlipForQuestionAnswering, image_BSD: Tensor, ids_BT: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The same from the vision model's last hidden state, and each layer's attention to it, [B, heads, T, S]."""
+def read(model: BlipForQuestionAnswering, image_BSD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Reading:
+    """The same from the vision model's last hidden state, and how it came about."""
     question = model.text_encoder(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -102,11 +111,10 @@ def answer_and_attention(
         encoder_attention_mask=torch.ones(image_BSD.shape[:2], dtype=torch.long, device=image_BSD.device),
         output_attentions=True,
     )
+    words_BTD = question.last_hidden_state
     start_B1 = torch.full_like(ids_BT[:, :1], model.decoder_start_token_id)
-    answer = model.text_decoder(
-        input_ids=start_B1, encoder_hidden_states=question.last_hidden_state, encoder_attention_mask=mask_BT
-    )
-    return answer.logits[:, -1], question.cross_attentions
+    answer = model.text_decoder(input_ids=start_B1, encoder_hidden_states=words_BTD, encoder_attention_mask=mask_BT)
+    return Reading(answer.logits[:, -1], words_BTD, question.cross_attentions)
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ def asked():
     scenes = sample_scenes(PromptTable.build(specs, "cpu"), index, generator)
     forms_named = torch.tensor([bool(specs[i].forms) for i in index])
     phrases = all_phrases()
-    numbers, truth, _ = ask(scenes, forms_named, generator)
-    return scenes, forms_named.tolist(), [phrases[number] for number in numbers], truth.tolist()
+    questions = ask(scenes, forms_named, generator)
+    return scenes, forms_named.tolist(), [phrases[n] for n in questions.number_B], questions.true_B.tolist()
 
 
 def test_an_answer_is_what_the_scene_shows(asked):
@@ -112,19 +112,25 @@ def test_patches_are_labelled_by_the_object_that_fills_most_of_them():
     assert look_loss(attention, mask, shares, torch.cat([heart_only, nothing])) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_question_is_about_what_it_describes_or_else_what_has_its_shape():
+def test_words_look_at_what_they_describe_and_hold_where_the_scene_says_so():
     specs, weights = training_prompts()
     generator = torch.Generator().manual_seed(0)
     index = torch.multinomial(torch.tensor(weights), 500, replacement=True, generator=generator)
     scenes = sample_scenes(PromptTable.build(specs, "cpu"), index, generator)
     phrases = all_phrases()
-    numbers, truth, looked_at = ask(scenes, torch.tensor([bool(specs[i].forms) for i in index]), generator)
-    for row, number in enumerate(numbers):
-        of_the_shape = {
-            slot
-            for slot, shape in enumerate(scenes.shapes_BO[row].tolist())
-            if phrases[number].endswith((*SHAPES, "")[shape])
-        } - {slot for slot, shape in enumerate(scenes.shapes_BO[row].tolist()) if shape == NO_SHAPE}
-        chosen = set(looked_at[row].nonzero().flatten().tolist())
-        assert chosen <= of_the_shape
-        assert chosen if truth[row] else chosen == of_the_shape
+    asked = ask(scenes, torch.tensor([bool(specs[i].forms) for i in index]), generator)
+    for row, number in enumerate(asked.number_B):
+        shapes = scenes.shapes_BO[row].tolist()
+        *adjectives, noun = phrases[number].split()[1:]
+        of_the_shape = {slot for slot, shape in enumerate(shapes) if shape == SHAPES.index(noun)}
+        looked_at = set(asked.looked_at_BO[row].nonzero().flatten().tolist())
+        assert looked_at if asked.true_B[row] else looked_at == of_the_shape
+        assert looked_at <= of_the_shape
+        seen = [
+            {COLORS[scenes.colors_BO[row, s]], TEXTURES[scenes.textures_BO[row, s]], FORMS[scenes.forms_BO[row, s]]}
+            for s in looked_at
+        ]
+        held = [int(any(word in one for one in seen)) if of_the_shape else NO_LABEL for word in adjectives]
+        wanted = [NO_LABEL, NO_LABEL, *held, int(bool(of_the_shape))]
+        wanted += [NO_LABEL] * (asked.holds_BT.shape[1] - len(wanted))
+        assert asked.holds_BT[row].tolist() == wanted, phrases[number]
