@@ -1,23 +1,31 @@
 """Detectors that find what they are asked for by name: transformers' OWLv2 and Grounding DINO, or a detector of fixed
-classes whose labels mean the names."""
+classes whose labels mean the names.
+
+Legend: B images, h x w = P patches, D feature dimensions, N names; C, H, W the network's input.
+"""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers.models.owlv2.modeling_owlv2 import Owlv2ObjectDetectionOutput
 
 from bitflux_core.errors import UserError
 from evaluators.base import Detection, Detector, PromptedDetector, image_fault
-from evaluators.inference import exact_inference, fingerprint, load_pretrained, model_folder, unloadable
+from evaluators.inference import exact_inference, fingerprint, load_pretrained, model_folder, pad_batch, unloadable
 from evaluators.mask2former import Mask2FormerDetector
 
 ROLE = "named detector"
 OWL, GROUNDING_DINO, MASK2FORMER = "owlv2", "grounding-dino", "mask2former"
+BATCH_SIZE = 4  # images, or with Grounding DINO images and names
 OWL_PROMPT = "a photo of a {name}"  # the wording that OWL's authors evaluate with
 
 
@@ -43,9 +51,12 @@ def load_named_detector(model_dir: str | Path, device: str | torch.device, min_s
 
 
 class _ZeroShotDetector:
-    """What transformers' zero-shot detectors share. One image at a time: no result depends on its neighbours."""
+    """What transformers' zero-shot detectors share. An image's neighbours in a batch move its scores by no more than
+    the rounding of a sum."""
 
-    def __init__(self, model_dir: str | Path, device: str | torch.device, min_score: float) -> None:
+    def __init__(
+        self, model_dir: str | Path, device: str | torch.device, min_score: float, *, batch_size: int = BATCH_SIZE
+    ) -> None:
         folder = model_folder(model_dir, ROLE, ("config.json",))
         self.model = load_pretrained(AutoModelForZeroShotObjectDetection, folder, ROLE, device)
         try:
@@ -54,21 +65,24 @@ class _ZeroShotDetector:
             raise unloadable(folder, ROLE, fault) from fault
         self.device = torch.device(device)
         self.min_score = min_score
-        self.fingerprint = fingerprint(type(self).__name__, folder, min_score)
+        self.batch_size = batch_size
+        self.fingerprint = fingerprint(type(self).__name__, folder, min_score, batch_size)
 
     def detect_named(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[list[Detection]]:
         """Each image's detections of its own `names`, best first. Raises ValueError for what is not an image."""
         for index, image in enumerate(images):
             if fault := image_fault(image):
                 raise ValueError(f"image {index}: {fault}")
-        found = []
-        for image, some in zip(images, names, strict=True):
-            # In a fixed order: how a prompt spells its objects must not change what is found.
-            detections = self._detect(image, sorted(set(some))) if some else []
-            found.append(sorted(detections, key=lambda one: -one.score))
+        # In a fixed order: how a prompt spells its objects must not change what is found.
+        wanted = {index: sorted(set(some)) for index, some in enumerate(names) if some}
+        detected = self._detect([images[index] for index in wanted], list(wanted.values()))
+        found: list[list[Detection]] = [[] for _ in images]
+        for index, detections in zip(wanted, detected, strict=True):
+            found[index] = sorted(detections, key=lambda one: -one.score)
         return found
 
-    def _detect(self, image: np.ndarray, names: list[str]) -> list[Detection]:
+    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+        """Each image's detections of its names, of which there are some, in any order."""
         raise NotImplementedError
 
     def _detections(self, result: dict[str, Any], labels: Sequence[str], image: np.ndarray) -> list[Detection]:
@@ -85,40 +99,94 @@ class _ZeroShotDetector:
 
 
 class OwlDetector(_ZeroShotDetector):
-    """OWLv2 (Minderer et al. 2023): each box gets the name that fits it best."""
+    """OWLv2 (Minderer et al. 2023): each box gets the name that fits it best.
+
+    The parts of the model are called one by one: images go through the network in batches of one fixed size, a name
+    goes through it once, and each image's boxes are compared with its own names alone, however many those are.
+    """
+
+    def __init__(
+        self, model_dir: str | Path, device: str | torch.device, min_score: float, *, batch_size: int = BATCH_SIZE
+    ) -> None:
+        super().__init__(model_dir, device, min_score, batch_size=batch_size)
+        self._by_name: dict[str, Tensor] = {}
 
     @exact_inference()
-    def _detect(self, image: np.ndarray, names: list[str]) -> list[Detection]:
-        texts = [[OWL_PROMPT.format(name=name) for name in names]]
-        # A rare word can have more tokens than the model takes: it is asked for by those that fit.
-        inputs = self.processor(text=texts, images=Image.fromarray(image), truncation=True, return_tensors="pt")
-        inputs = inputs.to(self.device)
-        output = self.model(**inputs)
-        [result] = self.processor.post_process_grounded_object_detection(
-            output, threshold=self.min_score, target_sizes=[image.shape[:2]], text_labels=[names]
+    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            shown = images[start : start + self.batch_size]
+            features_BPD, boxes_BP4 = self._patches(shown)
+            rows = zip(shown, names[start : start + self.batch_size], features_BPD, boxes_BP4, strict=False)
+            for image, some, features_PD, boxes_P4 in rows:
+                output = Owlv2ObjectDetectionOutput(
+                    logits=self._logits(features_PD, some)[None], pred_boxes=boxes_P4[None]
+                )
+                [result] = self.processor.post_process_grounded_object_detection(
+                    output, threshold=self.min_score, target_sizes=[image.shape[:2]], text_labels=[some]
+                )
+                found.append(self._detections(result, result["text_labels"], image))
+        return found
+
+    def _patches(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Features [batch_size, P, D] and boxes [batch_size, P, 4] of the patches; what is over belongs to no image."""
+        # The processor computes in float32 throughout, so on a GPU it gives the same pixels to the last bits.
+        inputs = self.processor.image_processor(
+            [Image.fromarray(image) for image in images], return_tensors="pt", device=self.device
         )
-        return self._detections(result, result["text_labels"], image)
+        pixels_BCHW = pad_batch(inputs["pixel_values"].to(self.device), self.batch_size)
+        features_BhwD, _ = self.model.image_embedder(pixel_values=pixels_BCHW)
+        features_BPD = features_BhwD.flatten(1, 2)
+        return features_BPD, self.model.box_predictor(features_BPD, features_BhwD)
+
+    def _logits(self, features_PD: Tensor, names: Sequence[str]) -> Tensor:
+        """How well each name fits each patch of an image, [P, N]."""
+        queries_ND = torch.stack([self._embedding(name) for name in names])
+        return self.model.class_predictor(features_PD[None], queries_ND[None])[0][0]
+
+    def _embedding(self, name: str) -> Tensor:
+        """Unit embedding of a name, float32 [D]; made once."""
+        if name not in self._by_name:
+            # A rare word can have more tokens than the model takes: it is asked for by those that fit.
+            tokens = self.processor(text=[[OWL_PROMPT.format(name=name)]], truncation=True, return_tensors="pt")
+            pooled_1D = self.model.owlv2.text_model(**tokens.to(self.device)).pooler_output
+            self._by_name[name] = F.normalize(self.model.owlv2.text_projection(pooled_1D)[0], dim=0)
+        return self._by_name[name]
 
 
 class GroundingDetector(_ZeroShotDetector):
     """Grounding DINO (Liu et al. 2023), asked for one name at a time: the phrases of a longer text run together."""
 
     @exact_inference()
-    def _detect(self, image: np.ndarray, names: list[str]) -> list[Detection]:
-        found: list[Detection] = []
-        for name in names:
-            inputs = self.processor(images=Image.fromarray(image), text=f"{name.lower()}.", return_tensors="pt")
-            inputs = inputs.to(self.device)
-            output = self.model(**inputs)
-            [result] = self.processor.post_process_grounded_object_detection(
-                output,
-                inputs["input_ids"],
-                threshold=self.min_score,
-                text_threshold=self.min_score,
-                target_sizes=[image.shape[:2]],
-            )
-            found += self._detections(result, [name] * len(result["scores"]), image)
+    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+        by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = defaultdict(list)
+        for index, (image, some) in enumerate(zip(images, names, strict=True)):
+            by_shape[image.shape] += [(index, name) for name in some]  # of one size: none is padded to another's
+        found: list[list[Detection]] = [[] for _ in images]
+        for pairs in by_shape.values():
+            for start in range(0, len(pairs), self.batch_size):
+                asked = pairs[start : start + self.batch_size]
+                results = self._ask([images[index] for index, _ in asked], [name for _, name in asked])
+                for (index, name), result in zip(asked, results, strict=True):
+                    found[index] += self._detections(result, [name] * len(result["scores"]), images[index])
         return found
+
+    def _ask(self, images: Sequence[np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+        """What the processor makes of images of one size, each asked for one name. Shorter texts are padded, and
+        masked."""
+        inputs = self.processor(
+            images=[Image.fromarray(image) for image in images],
+            text=[f"{name.lower()}." for name in names],
+            padding=True,
+            return_tensors="pt",
+        ).to(self.device)
+        return self.processor.post_process_grounded_object_detection(
+            self.model(**inputs),
+            inputs["input_ids"],
+            threshold=self.min_score,
+            text_threshold=self.min_score,
+            target_sizes=[image.shape[:2] for image in images],
+        )
 
 
 class NamedClasses:

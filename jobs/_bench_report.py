@@ -141,10 +141,19 @@ _DISTILL = (
     Column("s a checkpoint", "save_s", ".1f"),
     Column("hours in all", "recipe_hours", ".1f"),
 )
+_EVALUATORS = (
+    Column("benchmark", "benchmark"),
+    Column("category", "category"),
+    Column("images", "images", ","),
+    Column("ms an image", "image_ms", ".1f"),
+    Column("peak GB", "peak_gb", ".2f"),
+    Column("objects", "objects", ".1f"),
+    Column("of drawing", "drawing_share", ".1%"),
+)
 _LEGEND = "ternary weights with activations in bf16 (A16) and int8 (A8); ratios are speeds"
 ENGINES = ("scheduler", "Ray Data")
 _ROOMY = 9  # columns; more fill 120 characters only without spaces beside the lines
-_WORDS = ("layer", "mode", "placement", "attention", "text_encoders", "what", "target", "met")
+_WORDS = ("layer", "mode", "placement", "attention", "text_encoders", "what", "target", "met", "benchmark", "category")
 
 
 def print_result(console: Console, result: Result, files: Iterable[Path]) -> None:
@@ -175,6 +184,8 @@ def name_of(row: Any) -> str:
         return f"{row.what}, {row.replicas} replicas" if row.replicas else row.what
     if hasattr(row, "layer"):
         return f"{row.layer}, M = {row.tokens}"
+    if hasattr(row, "category"):
+        return f"{row.benchmark} {row.category}"
     if hasattr(row, "recipe_hours"):
         return f"{row.gpus} GPUs, batch {row.batch}"
     if hasattr(row, "gpus"):
@@ -209,6 +220,7 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         "tune": (_TUNED, "block sizes"),
         "scaling": (_SCALING, "drawing on several GPUs"),
         "distill": (_DISTILL, "training end to end; GB of each GPU"),
+        "evaluators": (_EVALUATORS, "scoring; images of a whole evaluation of one variant"),
     }[result.section]
     baseline = getattr(rows[0], "baseline", None)
     return [(f"{title}; ratios to {baseline}" if baseline else title, columns, rows)]

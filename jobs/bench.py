@@ -1,4 +1,4 @@
-"""Measures what ternary weights save (products, steps, images, images on a small GPU) and what the scheduler costs.
+"""Measures what ternary weights save (products, steps, images, a small GPU's images), what scheduling and scoring cost.
 
 Weights are random and of FLUX.1-dev's dimensions, so nothing is downloaded; the scheduler's replicas only wait. Only
 ratios within one run compare: GPUs of one kind differ. Exit code 0: measured (a model that does not fit in memory, or a
@@ -9,6 +9,7 @@ says what.
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -62,7 +63,12 @@ def parse(argv: list[str] | None) -> Namespace:
     scheduler.add_argument("--replicas", type=_counts, default=(8, 64), metavar="A,B", help="stub replicas (8,64)")
     scheduler.add_argument("--seconds", type=positive, default=32, metavar="S", help="drawing of each (%(default)s)")
     scheduler.add_argument("--samples", type=positive, metavar="N", help="of a plan (26,212: two published benchmarks)")
-    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill):
+    scoring = sections.add_parser(
+        "evaluators", help="ms an image of each evaluator, full-size models of random weights"
+    )
+    scoring.add_argument("--drawing", type=_seconds, metavar="S", help="seconds of drawing an image, to compare with")
+    scoring.add_argument("--tiny", action="store_true", help="tiny models, without a GPU too: a smoke run")
+    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill, scoring):
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -197,6 +203,17 @@ def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
     return _watched(measured()), {**settings, "recipe_steps": distill.RECIPE.steps}
 
 
+def _evaluators(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    from evaluators import benchmark, random_models
+    from evaluators.language import language
+
+    sizes = random_models.TINY if args.tiny else random_models.FULL
+    settings = {"images_a_call": benchmark.IMAGES, "side": sizes.side, "language": language().name, "tiny": args.tiny}
+    if args.drawing:
+        settings["drawing_s"] = args.drawing
+    return _watched(benchmark.measure_evaluators(sizes, device, args.drawing)), settings
+
+
 SECTIONS = {
     "kernels": _kernels,
     "transformer": _transformer,
@@ -206,6 +223,7 @@ SECTIONS = {
     "scheduler": _scheduler,
     "scaling": _scaling,
     "distill": _distill,
+    "evaluators": _evaluators,
 }
 
 
@@ -254,6 +272,16 @@ def _resolution(text: str) -> int:
     if pixels % PIXELS_PER_TOKEN:
         raise ArgumentTypeError(f"{pixels} is no multiple of {PIXELS_PER_TOKEN}")
     return pixels
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ArgumentTypeError(f"'{text}' is no number of seconds above 0")
+    return seconds
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -112,6 +113,38 @@ def test_neighbours_and_the_order_of_names_change_nothing(detector):
     alone = rows(detector.detect_named([noise(1)], [["cat", "dog"]])[0])
     in_company = detector.detect_named([noise(0), noise(1)], [["dog"], ["dog", "cat"]])
     assert rows(in_company[1]) == alone
+
+
+def test_a_batch_finds_in_each_image_what_is_found_in_it_alone(detector):
+    """More images than a batch takes, of two sizes, asked for different numbers of names of different lengths."""
+    images = [
+        noise(seed, *size) for seed, size in enumerate([(64, 64), (40, 80), (64, 64), (64, 64), (40, 80), (64, 64)])
+    ]
+    names = [["cat"], ["dog", "cat"], ["dog dog dog"], [], ["cat"], ["cat", "dog", "pig"]]
+    together = detector.detect_named(images, names)
+    for image, some, found in zip(images, names, together, strict=True):
+        [alone] = detector.detect_named([image], [some])
+        assert [one.label for one in found] == [one.label for one in alone]
+        assert [one.score for one in found] == pytest.approx([one.score for one in alone], abs=1e-5)
+        for one, other in zip(found, alone, strict=True):
+            assert one.box == pytest.approx(other.box, abs=1e-2)
+    assert together[3] == []
+    assert sum(map(len, together)) > 20
+
+
+def test_owls_parts_give_what_its_forward_gives(owl):
+    detector = load_named_detector(owl, "cpu", 0.01)
+    names, image = ["cat", "dog"], noise(1)
+    texts = [[f"a photo of a {name}" for name in names]]
+    inputs = detector.processor(text=texts, images=Image.fromarray(image), return_tensors="pt")
+    with torch.no_grad():
+        output = detector.model(**inputs)
+    scores, best = output.logits[0].sigmoid().max(-1)
+    [found] = detector.detect_named([image], [names])
+    assert len(found) > 5
+    for one in found:  # not every patch is among them: a box outside the image is none
+        same = (scores - one.score).abs() < 1e-5
+        assert one.label in {names[index] for index in best[same]}
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 80)])

@@ -13,6 +13,7 @@ import torch
 from bitflux_core.benchmark import models, steps
 from bitflux_core.errors import UserError
 from cluster.manifests import REPOSITORY
+from evaluators.compbench.categories import CATEGORIES
 from jobs import bench
 from kernels import ops
 
@@ -51,7 +52,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_pat
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu", "distill"])
+@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu", "distill", "evaluators"])
 def test_a_section_says_that_it_needs_a_gpu(section, capsys, tmp_path):
     assert bench.main([section, "--output", str(tmp_path / "bench")]) == 2
     error = capsys.readouterr().err
@@ -214,6 +215,21 @@ def test_scaling_draws_through_the_scheduler(tmp_path):
     assert rows[0]["efficiency"] == pytest.approx(1.0)
     assert all(0 < row["busy_share"] <= 1 and row["images_a_second"] > 0 for row in rows)
     assert document["settings"]["tiny"]
+
+
+def test_what_scoring_costs_beside_drawing(capsys, tmp_path):
+    assert bench.main(["evaluators", "--tiny", "--drawing", "0.5", "--output", str(tmp_path)]) == 0
+    assert "of drawing" in capsys.readouterr().out
+    _, rows = files(tmp_path, "evaluators")
+    assert [row["error"] for row in rows] == [None] * 10
+    assert [row["category"] for row in rows[1:9]] == list(CATEGORIES)
+    *parts, whole = rows
+    assert whole["images"] == 2_212 + 8 * 3_000
+    mean = sum(row["images"] * row["image_ms"] for row in parts) / whole["images"]
+    assert whole["image_ms"] == pytest.approx(mean)
+    assert whole["drawing_share"] == pytest.approx(mean / 500)
+    by_category = {row["category"]: row for row in rows}
+    assert all(2 < by_category[name]["objects"] < 20 for name in ("spatial", "numeracy"))
 
 
 def test_training_end_to_end(capsys, tmp_path):
