@@ -111,8 +111,8 @@ def test_a_node_that_joins_gets_a_replica(plan, store, tmp_path, nodes, undistur
     with meanwhile(lambda: len(draws(tmp_path)) > 2, nodes):
         rows = finish(plan, store, Faults(tmp_path, seconds=0.1, gather=2))
     assert by_id(rows) == undisturbed
-    # The number is that of its place in the pool: a slow machine may make a second place before the first is filled.
-    assert {row["worker"].split("@")[0] for row in rows} > {"replica-0"}
+    # Numbers are those of places in the pool, of which a slow machine may make a second before the first is filled.
+    assert len({row["worker"].split("@")[0] for row in rows}) > 1
 
 
 @pytest.mark.slow
