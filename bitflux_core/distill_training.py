@@ -34,7 +34,7 @@ from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, empty_ternary_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.training import FlatGradients, warmup_then_cosine
+from bitflux_core.training import FlatGradients, use_fast_math, warmup_then_cosine
 from kernels.packing import pack_planes, unpack_planes
 
 RESULT = "best.safetensors"
@@ -66,6 +66,8 @@ class EndToEnd:
         compiled: bool = False,
     ):
         """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
+        if device.type == "cuda":
+            use_fast_math()
         self.settings, self.device, self.folder = settings, device, folder
         self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         if settings.batch % self.ranks:

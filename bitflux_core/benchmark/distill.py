@@ -22,7 +22,6 @@ from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_recipe import RECIPE
 from bitflux_core.distill_training import EndToEnd
 from bitflux_core.samples import PIXELS_PER_TOKEN
-from bitflux_core.training import use_fast_math
 
 WARM_UP, STEPS = 2, 5
 PROMPTS = 3  # two trained on, one held out
@@ -91,8 +90,6 @@ def _measure(
     row: DistillRow, sizes: Sizes, device: torch.device, folder: Path, mesh: DeviceMesh | None
 ) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
-    if on_cuda:
-        use_fast_math()  # as the product trains
     training = _training(row, sizes, device, folder, mesh)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)  # making the models is not a step

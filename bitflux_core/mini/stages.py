@@ -7,11 +7,17 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
 from diffusers import FluxPipeline
-from transformers import BlipForQuestionAnswering, DPTForDepthEstimation, Mask2FormerForUniversalSegmentation
+from transformers import (
+    BlipForQuestionAnswering,
+    DPTForDepthEstimation,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+)
 
 from bitflux_core.checkpoint import save_ternary
 from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
@@ -31,6 +37,8 @@ from bitflux_core.mini.train_vae import train_vae
 from bitflux_core.mini.train_vqa import train_vqa
 from bitflux_core.mini.vqa import build_tokenizer, build_vqa, save_vqa
 from bitflux_core.training import use_fast_math
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 SHARD_SIZE = "15MB"  # small enough to commit
 SAMPLER_STEPS, GUIDANCE = 20, 2.0  # as manifests/profiles/mini.yaml draws
@@ -137,7 +145,7 @@ def _detector(settings: TrainSettings, device: torch.device) -> None:
     """Goes on from the detector in the folder, if there is one."""
     torch.manual_seed(settings.seed)
     folder = settings.output / "detector"
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).float() if folder.exists() else build_detector()
+    model = _goes_on(Mask2FormerForUniversalSegmentation, folder, build_detector)
     steps, batch = settings.detector_steps, settings.detector_batch
     train_detector(model, steps=steps, batch=batch, device=device, seed=settings.seed + steps)
     save_detector(model.to("cpu", torch.bfloat16), folder)
@@ -159,7 +167,7 @@ def _vqa(settings: TrainSettings, device: torch.device) -> None:
     torch.manual_seed(settings.seed)
     folder = settings.output / "vqa"
     tokenizer = build_tokenizer()
-    model = BlipForQuestionAnswering.from_pretrained(folder).float() if folder.exists() else build_vqa(tokenizer)
+    model = _goes_on(BlipForQuestionAnswering, folder, lambda: build_vqa(tokenizer))
     steps, batch = settings.vqa_steps, settings.vqa_batch
     accuracy = train_vqa(model, tokenizer, steps=steps, batch=batch, device=device, seed=settings.seed)
     print(f"vqa: {accuracy:.1%} of the last questions answered right", flush=True)
@@ -170,7 +178,7 @@ def _depth(settings: TrainSettings, device: torch.device) -> None:
     """Goes on from the model in the folder, if there is one."""
     torch.manual_seed(settings.seed)
     folder = settings.output / "depth"
-    model = DPTForDepthEstimation.from_pretrained(folder).float() if folder.exists() else build_depth()
+    model = _goes_on(DPTForDepthEstimation, folder, build_depth)
     steps, batch = settings.depth_steps, settings.depth_batch
     error = train_depth(model, steps=steps, batch=batch, device=device, seed=settings.seed)
     print(f"depth: mean squared error {error:.4f}", flush=True)
@@ -216,6 +224,11 @@ def _load_pipeline(settings: TrainSettings) -> FluxPipeline:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} holds no pipeline: run the stage vae first")
     return FluxPipeline.from_pretrained(str(folder))
+
+
+def _goes_on(kind: type[Model], folder: Path, build: Callable[[], Model]) -> Model:
+    """The model in the folder, in float32, or a new one where there is no folder."""
+    return kind.from_pretrained(folder).float() if folder.exists() else build()
 
 
 def _save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:

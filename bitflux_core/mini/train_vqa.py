@@ -131,14 +131,14 @@ def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> Question
         random_B = 1 + upto(len(FORMS) - 1) if name == "form" else upto(len(WORDS[name]))
         asked[name] = torch.stack([mine_B, theirs_B, random_B]).gather(0, whose_B[None])[0]
 
+    has_BO = {name: values_BO == asked[name][:, None] for name, values_BO in values.items()}
     same_shape_BO = present_BO & (scenes.shapes_BO == shape_B[:, None])
     matches_BO = same_shape_BO
     first_B, second_B = torch.zeros_like(shape_B), torch.zeros_like(shape_B)
     for number, kind in enumerate(KINDS):
         chosen_B = kind_B == number
         for attribute, name in enumerate(kind):
-            same_BO = values[name] == asked[name][:, None]
-            matches_BO = torch.where(chosen_B[:, None], matches_BO & same_BO, matches_BO)
+            matches_BO = torch.where(chosen_B[:, None], matches_BO & has_BO[name], matches_BO)
             if attribute == 0:
                 first_B = torch.where(chosen_B, asked[name], first_B)
             else:
@@ -150,7 +150,7 @@ def ask(scenes: Scenes, named_B: Tensor, generator: torch.Generator) -> Question
         chosen_B = kind_B == number
         for attribute, name in enumerate(kind):
             word = FIRST_WORD + attribute
-            of_it_B = (looked_at_BO & (values[name] == asked[name][:, None])).any(1).long()
+            of_it_B = (looked_at_BO & has_BO[name]).any(1).long()
             holds_BT[:, word] = torch.where(chosen_B & there_B, of_it_B, holds_BT[:, word])
         noun = FIRST_WORD + len(kind)
         holds_BT[:, noun] = torch.where(chosen_B, there_B.long(), holds_BT[:, noun])

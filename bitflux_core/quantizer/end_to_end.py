@@ -28,7 +28,6 @@ from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding
 from bitflux_core.loading import load_transformer
 from bitflux_core.samples import Sampling
-from bitflux_core.training import use_fast_math
 
 IMAGES = "images"
 REMEDY = "remove the folder and begin again"
@@ -92,8 +91,6 @@ class EndToEndTask:
         if finished(self._training, self.settings.steps):
             return
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if device.type == "cuda":
-            use_fast_math()
         conditions = Conditions(**load_tensors(self._conditions, REMEDY))
         tokens = len(conditions.image_ids_L3) + conditions.prompt_embeds_PTD.shape[1]
         self.check(tokens, device)
