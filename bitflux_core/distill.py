@@ -9,45 +9,25 @@ Legend: B slots, P prompts, T text tokens, D text width, L image tokens, C packe
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitflux_core.checkpoint import empty_transformer
-from bitflux_core.convert import replace_linear
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.low_rank import LowRank
 from bitflux_core.ternary import TernaryWeight, least_squares
-from bitflux_core.training import FlatGradients, Progress, RunningMean, capture, warmup_then_cosine
 from kernels.packing import unpack_planes
 from kernels.reference import rounded_to_int8
 
-ENCODE_BATCH = 512
 MARGIN = 0.3  # from a code to the latents that start at it: nearer the edges, the first steps would flip most of them
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How long and how fast. Latent weights are in units of their row's scale, so one rate fits every layer."""
-
-    steps: int
-    batch: int
-    sampler_steps: int
-    guidance: float
-    latent_lr: float = 5e-3
-    scale_lr: float = 1e-3
-    other_lr: float = 5e-4
-    own_states: float = 0.5  # share of the slots that the student carries along itself, reached after a third
-    int8_activations: bool = False  # the student sees its inputs rounded as `ternary-int8` rounds them
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,24 +37,6 @@ class Conditions:
     prompt_embeds_PTD: Tensor
     pooled_PD: Tensor
     image_ids_L3: Tensor
-
-
-@torch.no_grad()
-def encode_conditions(pipeline: FluxPipeline, prompts: Sequence[str], *, tokens: int, side: int) -> Conditions:
-    """Encodes calibration prompts on the pipeline's device; images are `side` tokens high and wide."""
-    distinct = list(dict.fromkeys(prompts))
-    embeds, pooled = [], []
-    for start in range(0, len(distinct), ENCODE_BATCH):
-        part = distinct[start : start + ENCODE_BATCH]
-        embeds_BTD, pooled_BD, _ = pipeline.encode_prompt(part, max_sequence_length=tokens)
-        embeds.append(embeds_BTD)
-        pooled.append(pooled_BD)
-    place = {prompt: index for index, prompt in enumerate(distinct)}
-    row_P = torch.tensor([place[prompt] for prompt in prompts])
-    image_ids_L3 = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
-    return Conditions(
-        torch.cat(embeds)[row_P.to(embeds[0].device)], torch.cat(pooled)[row_P.to(pooled[0].device)], image_ids_L3
-    )
 
 
 class LatentTernaryLinear(nn.Module):
@@ -195,143 +157,6 @@ def make_student(
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}
     student.load_state_dict(rest, strict=False, assign=True)
     return student.train().requires_grad_(True)
-
-
-@torch.no_grad()
-def finish_student(student: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The trained student with packed TernaryLinear layers, on the CPU, ready for save_ternary."""
-    result = FluxTransformer2DModel.from_config(student.config).eval().requires_grad_(False)
-    # Strict would refuse the latents; the names of everything else, biases included, are the transformer's own.
-    result.load_state_dict(student.state_dict(), strict=False)
-    for name, layer in student.named_modules():
-        if isinstance(layer, LatentTernaryLinear):
-            replace_linear(result, name, layer.ternary())
-    return result
-
-
-class Distiller:
-    """Teacher and student on one device, the batch of states between noise and image, and the captured update."""
-
-    def __init__(
-        self,
-        teacher: FluxTransformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        conditions: Conditions,
-        settings: DistillSettings,
-        device: torch.device,
-        start: FluxTransformer2DModel | None = None,
-    ):
-        """`start` is the ternary transformer to train on; None starts at least squares."""
-        torch.manual_seed(settings.seed)
-        self.settings, self.device = settings, device
-        self.teacher = copy.deepcopy(teacher).to(device).float().eval().requires_grad_(False)
-        self.student = make_student(self.teacher, start, settings.int8_activations).to(device)
-        self.start_codes = [layer.codes().to(torch.int8) for layer in self._latent_layers()]
-        if device.type == "cuda":
-            self.teacher.compile_repeated_blocks()
-            self.student.compile_repeated_blocks()
-
-        self.embeds_PTD = conditions.prompt_embeds_PTD.to(device)
-        self.pooled_PD = conditions.pooled_PD.to(device)
-        self.image_ids_L3 = conditions.image_ids_L3.to(device)
-        self.text_ids_T3 = torch.zeros(self.embeds_PTD.shape[1], 3, device=device)
-        self.sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(self.image_ids_L3), device)
-        batch, tokens, channels = settings.batch, len(self.image_ids_L3), teacher.config.in_channels
-        self.x_BLC = torch.randn(batch, tokens, channels, device=device)
-        self.step_B = torch.randint(settings.sampler_steps, (batch,), device=device)
-        self.prompt_B = torch.randint(len(self.embeds_PTD), (batch,), device=device)
-        self.guidance_B = torch.full((batch,), settings.guidance, device=device)
-        self.slot_B = torch.arange(batch, device=device)
-        self.own_slots = torch.zeros((), device=device)
-        self.loss_mean = RunningMean(device)
-
-        latents, scales, others = self._parameter_groups()
-        self.gradients = FlatGradients([*latents, *scales, *others])
-        self.rates = [torch.zeros((), device=device) for _ in range(3)]
-        groups = [
-            {"params": parameters, "lr": rate}
-            for parameters, rate in zip((latents, scales, others), self.rates, strict=True)
-        ]
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda")
-        self.update = capture(self._update, device)
-        self.steps_made = 0
-
-    def run(self, seconds: float | None = None) -> FluxTransformer2DModel:
-        """Trains and returns the finished ternary transformer, on the CPU.
-
-        As many steps as the settings say or, with `seconds`, as take about that long.
-        """
-        settings = self.settings
-        progress = Progress("distill", settings.steps)
-        step = 0
-        while step < progress.steps:
-            if seconds:
-                progress.fit_into(seconds, step, self.device)
-            factor = warmup_then_cosine(step, progress.steps)
-            for rate, base in zip(self.rates, (settings.latent_lr, settings.scale_lr, settings.other_lr), strict=True):
-                rate.fill_(base * factor)
-            self.own_slots.fill_(settings.own_states * settings.batch * min(1.0, 3 * step / progress.steps))
-            self.update()
-            progress.report(step, self.loss_mean.mean)
-            step += 1
-        self.steps_made = step
-        print(
-            f"distill: relative velocity error {self.loss_mean.mean.item():.5f}, "
-            f"{self.codes_flipped():.1%} of the codes flipped",
-            flush=True,
-        )
-        return finish_student(self.student)
-
-    def codes_flipped(self) -> float:
-        """Share of the codes that differ from the start."""
-        pairs = list(zip(self.start_codes, self._latent_layers(), strict=True))
-        flipped = sum((start != layer.codes()).sum().item() for start, layer in pairs)
-        return flipped / sum(start.numel() for start, _ in pairs)
-
-    def _update(self) -> None:
-        sigma_B = self.sigmas[self.step_B]
-        inputs = {
-            "hidden_states": self.x_BLC,
-            "timestep": sigma_B,
-            "guidance": self.guidance_B,
-            "encoder_hidden_states": self.embeds_PTD[self.prompt_B].float(),
-            "pooled_projections": self.pooled_PD[self.prompt_B].float(),
-            "txt_ids": self.text_ids_T3,
-            "img_ids": self.image_ids_L3,
-            "return_dict": False,
-        }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
-            with torch.no_grad():
-                target_BLC = self.teacher(**inputs)[0].float()
-            velocity_BLC = self.student(**inputs)[0].float()
-        loss = relative_error(velocity_BLC, target_BLC)
-        self.gradients.zero()
-        loss.backward()
-        self.gradients.clip(1.0)
-        self.adam.step()
-        self.loss_mean.add(loss)
-        self._advance(target_BLC, velocity_BLC.detach(), sigma_B)
-
-    @torch.no_grad()
-    def _advance(self, target_BLC: Tensor, velocity_BLC: Tensor, sigma_B: Tensor) -> None:
-        """One Euler step for every slot; a slot that reached its image starts over from new noise with a new prompt."""
-        own_B = self.slot_B < self.own_slots
-        chosen_BLC = torch.where(own_B[:, None, None], velocity_BLC, target_BLC)
-        next_BLC = self.x_BLC + (self.sigmas[self.step_B + 1] - sigma_B)[:, None, None] * chosen_BLC
-        done_B = self.step_B + 1 == self.settings.sampler_steps
-        self.x_BLC.copy_(torch.where(done_B[:, None, None], torch.randn_like(next_BLC), next_BLC))
-        fresh_B = torch.randint(len(self.embeds_PTD), self.prompt_B.shape, device=self.device)
-        self.prompt_B.copy_(torch.where(done_B, fresh_B, self.prompt_B))
-        self.step_B.copy_(torch.where(done_B, 0, self.step_B + 1))
-
-    def _latent_layers(self) -> Iterator[LatentTernaryLinear]:
-        return (module for module in self.student.modules() if isinstance(module, LatentTernaryLinear))
-
-    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        layers = list(self._latent_layers())
-        latents, scales = [layer.latent for layer in layers], [layer.log_scale for layer in layers]
-        taken = {id(p) for p in latents + scales}
-        return latents, scales, [p for p in self.student.parameters() if id(p) not in taken]
 
 
 def relative_error(mine: Tensor, theirs: Tensor) -> Tensor:

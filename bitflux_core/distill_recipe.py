@@ -36,7 +36,7 @@ class EndToEndSettings:
     slots: int = 16
     held_out: int = 16
     interval: int = 250
-    patience: int = 6
+    patience: int = 10
     seed: int = 0
 
 

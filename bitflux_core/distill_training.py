@@ -4,7 +4,6 @@ Latent weights are bfloat16 and step inside the backward pass (distill_optimizer
 it; the teacher stays beside the student, in its own dtype. distill_memory.py gives the arithmetic.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, empty_ternary_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.training import FlatGradients, use_fast_math, warmup_then_cosine
+from bitflux_core.training import FlatGradients, deterministic, use_fast_math, warmup_then_cosine
 from kernels.packing import pack_planes, unpack_planes
 
 RESULT = "best.safetensors"
@@ -168,7 +167,7 @@ class EndToEnd:
 
     def train_step(self) -> None:
         """One batch forward and backward, in which the latents step; then all else, and the states."""
-        with _deterministic():
+        with deterministic():
             self._train_step()
 
     def _train_step(self) -> None:
@@ -381,18 +380,3 @@ def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
     empty_ternary_linears(transformer, rank=rank)
     transformer.load_state_dict(tensors, assign=True)
     return transformer.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """The same bits in every run where the libraries can: flash attention's backward pass adds up in any order."""
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    switch = torch.utils.deterministic
-    fills = switch.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switch.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
-        switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -44,17 +44,19 @@ class TextEncoder:
         self.pipeline = _load_pipeline(pipeline_dir, dtype, **dict.fromkeys(_IMAGE_PARTS)).to(device)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        """One embedding a prompt, each encoded alone: batched products depend on the batch in their last bits.
+    def encode(self, prompts: Sequence[str], batch: int = 1) -> list[PromptEmbedding]:
+        """One embedding a prompt, `batch` of them encoded at once.
 
-        UserError for a prompt of more than `max_sequence_length` T5 tokens.
+        Each alone where it must not depend on its neighbours, as batched products do in their last bits. UserError for
+        a prompt of more than `max_sequence_length` T5 tokens.
         """
         check_lengths(self.pipeline.tokenizer_2, prompts, self.max_sequence_length)
-        return [self._encode(prompt) for prompt in prompts]
-
-    def _encode(self, prompt: str) -> PromptEmbedding:
-        embeds_1TD, pooled_1P, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self.max_sequence_length)
-        return PromptEmbedding(embeds_1TD[0].cpu(), pooled_1P[0].cpu())
+        embeddings = []
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            embeds_BTD, pooled_BP, _ = self.pipeline.encode_prompt(part, max_sequence_length=self.max_sequence_length)
+            embeddings += [PromptEmbedding(*pair) for pair in zip(embeds_BTD.cpu(), pooled_BP.cpu(), strict=True)]
+        return embeddings
 
 
 class ImageGenerator:

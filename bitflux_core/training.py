@@ -1,9 +1,10 @@
 """What training stages share: schedules, averaged weights, several GPUs, and steps as CUDA graphs."""
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,31 @@ from torch import Tensor, nn
 
 PACE_EVERY = 100  # steps between two looks at the clock
 
+# cuBLAS adds up in a fixed order only with workspaces of fixed sizes, and reads this when it is first used: so whoever
+# imports this must do so before the first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def use_fast_math() -> None:
     """TF32 for what autocast leaves in float32. cuDNN's attention backward fails on torch 2.11: head sizes 32, 128."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """The same bits in every run on one type of machine. RuntimeError where an operation inside has no such form."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switch = torch.utils.deterministic
+    fills = switch.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)  # merely warned, flash attention's backward pass adds up in any order
+    switch.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def start_process_group() -> tuple[int, int]:

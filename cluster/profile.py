@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from bitflux_core.errors import UserError
 from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
@@ -71,12 +71,26 @@ class Cost(_Declaration):
     row_bytes: PositiveInt = 1_000
 
 
+class Recipe(_Declaration):
+    """How jobs/quantize.py makes the ternary weights where its command line says nothing else.
+
+    Numbers of calibration prompts, of training steps for each block and end to end, and of the latter's images a step
+    and prompts; None: the profile's batch_size, and all prompts there are.
+    """
+
+    calibration_prompts: PositiveInt = 64
+    reconstruction_steps: NonNegativeInt = 0
+    distill_steps: NonNegativeInt = 0
+    distill_batch: PositiveInt | None = None
+    distill_prompts: PositiveInt | None = None
+
+
 class Profile(_Declaration):
     """A model pair, its sampler settings and the benchmarks it runs. `batch_size` is the fixed size of every batch,
     `shard_seconds` how long a shard should take at the declared `cost`.
 
     `mode`: how T2I-CompBench is judged, see evaluators/modes.py. `calibration` names the prompts to quantize with:
-    `mini-world`, or a workload; without it they are a file of the user's.
+    `mini-world`, or a workload; without it they are a file of the user's. `quantize` is how they are used.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -94,6 +108,7 @@ class Profile(_Declaration):
     shard_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 240.0
     assumptions: tuple[str, ...] = ()
     calibration: Annotated[str, Field(min_length=1)] | None = None
+    quantize: Recipe = Recipe()
 
     def image_seconds(self, evaluator: str) -> float:
         """Expected seconds to draw one image and have `evaluator` score it."""

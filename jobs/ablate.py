@@ -1,6 +1,6 @@
 """What each step of the ternary method gains: score kept, PSNR to the teacher at the same noise, and storage.
 
-python jobs/ablate.py --output DIR                                  every row; on a GPU 25 s of training each
+python jobs/ablate.py --output DIR                                  every row; on a GPU
 python jobs/ablate.py --output DIR --limit 2 --rows absmean,"+ compensation"
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive
-from jobs.quantize import calibration_prompts, natural
+from jobs.quantize import calibration_prompts, distill_prompts, natural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--reconstruction-steps", type=positive, default=300, metavar="N", help="of each block (%(default)s)")
     add("--steps", type=positive, default=1000, metavar="N", help="of training end to end (%(default)s)")
-    add("--seconds-a-row", type=positive, metavar="N", help="train end to end for so long, whatever --steps says")
     add("--batch", type=positive, default=256, metavar="N", help="of training end to end (%(default)s)")
+    add("--distill-prompts", type=positive, metavar="N", help="prompts for it (the profile's, else all there are)")
     add("--seed", type=natural, default=0, metavar="N", help="(%(default)s)")
     args = parser.parse_args(argv)
     args.init = "compensated"  # some rows need calibration
@@ -62,6 +62,7 @@ def _ablate(args: argparse.Namespace) -> int:
     unknown = set(args.rows or ()) - {variant.name for variant in VARIANTS}
     if unknown:
         raise UserError(f"no row '{min(unknown)}': choose from {', '.join(variant.name for variant in VARIANTS)}")
+    args.distill_prompts = args.distill_prompts or profile.quantize.distill_prompts
     models = locate(profile, ["pipeline", "detector", "clip"])
     settings = QuantizeSettings(
         init="compensated",
@@ -71,8 +72,9 @@ def _ablate(args: argparse.Namespace) -> int:
         sampling=profile.sampling,
         batch=profile.batch_size,
         seed=args.seed,
+        distill_prompts=distill_prompts(profile, args),
     )
-    budget = TrainingBudget(args.reconstruction_steps, args.steps, args.seconds_a_row, args.batch)
+    budget = TrainingBudget(args.reconstruction_steps, args.steps, args.batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ablation = Ablation(models["pipeline"], args.output / "work", settings, budget, device)
     recipe = {**ablation.recipe, "limit": args.limit, "images_per_prompt": args.images_per_prompt}

@@ -1,12 +1,12 @@
 """Makes the ternary twin of a profile's FLUX transformer, without images and block by block; a killed run goes on.
 
-python jobs/quantize.py --profile mini --output DIR                              compensated codes, no training
-python jobs/quantize.py --profile flux-dev --data-dir DIR                        a draw of the paper's prompts
-python jobs/quantize.py --profile flux-dev --calibration prompts.txt             prompts of yours, one a line
-python jobs/quantize.py --profile mini --output DIR --low-rank 16                and what was lost put back, in part
-python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300   and each block trained on its own
-python jobs/quantize.py --profile mini --output DIR --reconstruction-steps 300 --distill-steps 6000 --distill-batch 256
-                                                                                 and then the whole, end to end
+python jobs/quantize.py --profile mini                                  as `quantize` in the profile says; wants a GPU
+python jobs/quantize.py --profile mini --output DIR --distill-steps 0   compensated codes, no training: on a CPU too
+python jobs/quantize.py --profile flux-dev --data-dir DIR               a draw of the paper's prompts
+python jobs/quantize.py --profile flux-dev --calibration prompts.txt    prompts of yours, one a line
+python jobs/quantize.py --profile flux-dev --low-rank 16                and what was lost put back, in part
+python jobs/quantize.py --profile flux-dev --reconstruction-steps 300   and each block trained on its own
+python jobs/quantize.py --profile flux-dev --distill-steps 10000        and then the whole, end to end
 """
 
 import argparse
@@ -23,13 +23,14 @@ from jobs._cli import COMPLETE, Parser, exit_code_of, positive
 from jobs._prompts import prompts_of
 
 if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
     from bitflux_core.distill_recipe import EndToEndSettings
     from bitflux_core.quantizer.end_to_end import EndToEndTask
     from bitflux_core.quantizer.snr import Snr
 
 INITS = ("compensated", "least-squares", "absmean")
 CODES = ("trits", "planes")
-MINI_DISTILL_PROMPTS = 4096
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,15 +40,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--init", choices=INITS, default=INITS[0], help="how codes and scales are chosen (%(default)s)")
     add("--calibration", metavar="PROMPTS", help="a file, one a line, or a workload of prompts (the profile's own)")
     add("--data-dir", type=Path, metavar="DIR", help="workloads' prompt files, for machines without internet")
-    add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
+    add("--calibration-prompts", type=positive, metavar="N", help="how many to use (the profile's, else 64)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--low-rank", type=positive, metavar="R", help="a correction of this rank beside every layer, in bf16 (none)")
     add("--codes", choices=CODES, default=CODES[0], help="on disk: five a byte, or as the kernels want (%(default)s)")
-    add("--reconstruction-steps", type=natural, default=0, metavar="N", help="training of each block (%(default)s)")
-    add("--distill-steps", type=natural, default=0, metavar="N", help="training end to end, at the end (%(default)s)")
+    add("--reconstruction-steps", type=natural, metavar="N", help="training of each block (the profile's, else 0)")
+    add("--distill-steps", type=natural, metavar="N", help="training end to end, at the end (the profile's, else 0)")
     add("--distill-int8-steps", type=natural, metavar="N", help="of them with int8 activations, last (a quarter)")
-    add("--distill-batch", type=positive, metavar="N", help="images a step, on all GPUs (the profile's batch_size)")
-    add("--distill-prompts", type=positive, metavar="N", help="prompts for it (all of the file; mini: 4096)")
+    add("--distill-batch", type=positive, metavar="N", help="images a step, on all GPUs (the profile's)")
+    add("--distill-prompts", type=positive, metavar="N", help="prompts for it (the profile's, else all there are)")
     add(
         "--distill-images",
         type=natural,
@@ -57,7 +58,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
-    add("--output", type=Path, help="folder of the checkpoint, new or empty (the profile's models.ternary)")
+    add("--output", type=Path, help="folder of the checkpoint, new or empty (see below)")
+    parser.epilog = (
+        "Without --output the checkpoint becomes the profile's models.ternary or, where there is one already, "
+        "ternary-PROFILE in this folder."
+    )
     return parser.parse_args(argv)
 
 
@@ -83,9 +88,11 @@ def _quantize(args: argparse.Namespace) -> int:
 
     profile = load_profile(args.profile)
     pipeline_dir = locate(profile, ["pipeline"])["pipeline"]
-    if args.output is None and profile.models.ternary is None:
-        raise UserError(f"profile {profile.name} names no models.ternary: give --output a folder")
-    output = check_unused(args.output or REPOSITORY / str(profile.models.ternary))  # before the work, not after
+    for name, value in profile.quantize:  # what the command line leaves open
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    known = REPOSITORY / profile.models.ternary if profile.models.ternary else None
+    output = check_unused(args.output or _free(profile.name, known))  # before the work, not after
     prompts = calibration_prompts(profile, args)
     check_prompt_lengths(pipeline_dir, prompts, profile.sampling.max_sequence_length)
     end_to_end, distill_prompts = _end_to_end(profile, args)
@@ -105,6 +112,9 @@ def _quantize(args: argparse.Namespace) -> int:
         codes=args.codes,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if end_to_end and device.type == "cpu":
+        steps = f"{end_to_end.steps:,} steps of {end_to_end.batch} images"
+        print(f"training end to end without a GPU, {steps}: --distill-steps 0 leaves it out", flush=True)
     with _several(args.distill_gpus if end_to_end else 1) as train:
         transformer = quantize(pipeline_dir, output, settings, device, _report, args.distill_gpus, train)
 
@@ -116,8 +126,46 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"corrections of rank {args.low_rank}: {sizes.correction_bytes / 1e6:,.1f} MB of them")
     if end_to_end:
         print(f"log of the training end to end: {output / LOG}")
+    if known and known != output and (known / "config.json").is_file():
+        print(f"{_codes_alike(transformer, known):.2%} of the codes are those of {known}")
     print(f"written to {output}; signal-to-noise ratios of all layers: {TABLE}, {PLOT}")
     return COMPLETE
+
+
+def _free(name: str, known: Path | None) -> Path:
+    """`known`, the place of the profile's ternary weights, or another if there is something already."""
+    from bitflux_core.checkpoint import check_unused
+
+    if known is None:
+        raise UserError(f"profile {name} names no models.ternary: give --output a folder")
+    try:
+        return check_unused(known)
+    except UserError:
+        return Path(f"ternary-{name}")
+
+
+def _codes_alike(transformer: "FluxTransformer2DModel", known: Path) -> float:
+    """The share of the codes that the checkpoint `known` has too. UserError for a damaged one, or of other layers."""
+    import torch
+
+    from bitflux_core.checkpoint import load_ternary
+    from bitflux_core.layers import block_linears
+    from bitflux_core.linear import TernaryLinear
+    from kernels.packing import unpack_planes
+
+    others = block_linears(load_ternary(known, dtype=torch.bfloat16, device="cpu"))
+    alike = total = 0
+    for name, layer in block_linears(transformer).items():
+        other = others.get(name)
+        assert isinstance(layer, TernaryLinear)
+        if not isinstance(other, TernaryLinear) or other.packed.shape != layer.packed.shape:
+            raise UserError(
+                f"{known} is of another model ({name}): the checkpoint just made cannot be compared with it"
+            )
+        mine, theirs = (unpack_planes(each.packed, layer.in_features) for each in (layer, other))
+        alike += int((mine == theirs).sum())
+        total += mine.numel()
+    return alike / total
 
 
 def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str, ...]:
@@ -146,10 +194,6 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
     int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
     if int8_steps > args.distill_steps:
         raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
-    source = args.calibration or profile.calibration
-    if source is None:
-        raise UserError(f"profile {profile.name} has no prompts to train on: give --calibration a file of them")
-    count = args.distill_prompts or (MINI_DISTILL_PROMPTS if source == MINI_WORLD else None)
     settings = EndToEndSettings(
         steps=args.distill_steps,
         int8_steps=int8_steps,
@@ -158,7 +202,15 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         guidance=profile.sampling.guidance,
         seed=args.seed,
     )
-    return settings, _prompts(source, count, args, "--distill-prompts")
+    return settings, distill_prompts(profile, args)
+
+
+def distill_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str, ...]:
+    """As many as asked for, or all there are; they may repeat. UserError where there is no file of them, or too few."""
+    source = args.calibration or profile.calibration
+    if source is None:
+        raise UserError(f"profile {profile.name} has no prompts to train on: give --calibration a file of them")
+    return _prompts(source, args.distill_prompts, args, "--distill-prompts")
 
 
 def _prompts(source: str, count: int | None, args: argparse.Namespace, option: str) -> tuple[str, ...]:

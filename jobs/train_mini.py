@@ -1,4 +1,4 @@
-"""Makes the embedded mini FLUX again, from a seed, on one GPU: pipeline, detector, CLIP and ternary twin.
+"""Makes the embedded mini FLUX and its evaluators again, from a seed, on one GPU. jobs/quantize.py makes the twin.
 
 python jobs/train_mini.py --output DIR                                          everything, stage after stage
 python jobs/train_mini.py --output DIR --stages detector,clip                   some stages

@@ -3,9 +3,8 @@
 import copy
 import json
 import os
-import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,15 +18,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from bitflux_core.checkpoint import save_ternary
-from bitflux_core.distill import Distiller, DistillSettings, encode_conditions
 from bitflux_core.errors import UserError
-from bitflux_core.files import fingerprint
 from bitflux_core.mini.clip import build_clip, save_weights, write_config
-from bitflux_core.mini.compositions import training_prompts, vocabulary
+from bitflux_core.mini.compositions import vocabulary
 from bitflux_core.mini.depth import build_depth, save_depth, train_depth
 from bitflux_core.mini.detector import build_detector, save_detector
-from bitflux_core.mini.models import TOKENS, build_pipeline, widen_vocabulary
+from bitflux_core.mini.models import build_pipeline, widen_vocabulary
 from bitflux_core.mini.train_clip import train_clip
 from bitflux_core.mini.train_detector import train_detector
 from bitflux_core.mini.train_teacher import train_teacher
@@ -41,8 +37,6 @@ from bitflux_core.training import use_fast_math
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 SHARD_SIZE = "15MB"  # small enough to commit
-SAMPLER_STEPS, GUIDANCE = 20, 2.0  # as manifests/profiles/mini.yaml draws
-IMAGE_TOKENS_A_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class TrainSettings:
     text_steps: int = 1500
     text_batch: int = 256
     images: int = 250_000  # rendered scenes that the teacher learns from
-    batch: int = 512  # of the teacher and the twin
+    batch: int = 512  # of the teacher
     teacher_steps: int = 23_000
     teacher_seconds: float | None = None
     guidance_steps: int = 1400
@@ -69,10 +63,6 @@ class TrainSettings:
     vqa_batch: int = 256  # scenes, of several questions each
     depth_steps: int = 2000
     depth_batch: int = 128
-    twin_steps: int = 6000
-    twin_seconds: float | None = None
-    twin_prompts: int = 32_768
-    twin_lr: float = 5e-3  # of the latent weights, in units of their row's scale
 
 
 def run_stages(names: list[str], settings: TrainSettings) -> None:
@@ -185,28 +175,6 @@ def _depth(settings: TrainSettings, device: torch.device) -> None:
     save_depth(model.to("cpu", torch.bfloat16), folder)
 
 
-def _twin(settings: TrainSettings, device: torch.device) -> None:
-    """The ternary twin, from the teacher and the training prompts alone: no image."""
-    pipeline = _load_pipeline(settings).to(device)
-    how = DistillSettings(
-        steps=settings.twin_steps,
-        batch=settings.batch,
-        sampler_steps=SAMPLER_STEPS,
-        guidance=GUIDANCE,
-        latent_lr=settings.twin_lr,
-        seed=settings.seed,
-    )
-    specs, weights = training_prompts()
-    chosen = random.Random(settings.seed).choices(specs, weights, k=settings.twin_prompts)
-    texts = [spec.text for spec in chosen]
-    conditions = encode_conditions(pipeline, texts, tokens=TOKENS, side=IMAGE_TOKENS_A_SIDE)
-    distiller = Distiller(pipeline.transformer, pipeline.scheduler, conditions, how, device)
-    student = distiller.run(settings.twin_seconds)
-    made = asdict(replace(how, steps=distiller.steps_made))
-    provenance = {"source": "mini FLUX", "fingerprint": fingerprint(settings.output / "flux"), **made}
-    save_ternary(student, settings.output / "ternary", provenance, method="self-distillation")
-
-
 STAGES: dict[str, Callable[[TrainSettings, torch.device], None]] = {
     "vae": _vae,
     "text": _text,
@@ -215,7 +183,6 @@ STAGES: dict[str, Callable[[TrainSettings, torch.device], None]] = {
     "clip": _clip,
     "vqa": _vqa,
     "depth": _depth,
-    "twin": _twin,
 }
 
 

@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from bitflux_core.accounting import BF16_BYTES, SCALE_BYTES
-from bitflux_core.distill import Distiller, DistillSettings
+from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
-from bitflux_core.quantizer.quantize import QuantizeSettings, calibrate, collect, provenance_of
+from bitflux_core.quantizer.end_to_end import EndToEndTask, split_prompts
+from bitflux_core.quantizer.quantize import QuantizeSettings, calibrate, collect, encode, provenance_of
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import least_squares
@@ -76,11 +77,10 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """Of the trained rows: steps a block, steps end to end or the seconds that replace them, and states at once."""
+    """Of the trained rows: steps a block, steps end to end, and states at once in these."""
 
     reconstruction_steps: int
     distill_steps: int
-    distill_seconds: float | None
     batch: int
 
 
@@ -102,11 +102,11 @@ class Ablation:
         self.settings, self.budget, self.device = settings, budget, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = BlockSource(pipeline_dir / "transformer", device, dtype)
-        self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget)}
+        prompts = {"distill_prompts": len(settings.distill_prompts)}
+        self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget), **prompts}
         self.calibration: CalibrationSet = calibrate(
             self.source, pipeline_dir, settings, WorkFolder(directory / "calibration", self.recipe)
         )
-        self._trained: tuple[DistillSettings, FluxTransformer2DModel] | None = None
         if device.type == "cuda":
             use_fast_math()
 
@@ -153,21 +153,23 @@ class Ablation:
 
     def _distilled(self, variant: Variant, start: FluxTransformer2DModel) -> FluxTransformer2DModel:
         """Rows that differ only in how they draw share one training."""
-        how = DistillSettings(
+        how = EndToEndSettings(
             steps=self.budget.distill_steps,
+            int8_steps=self.budget.distill_steps // 4 if variant.int8_in_training else 0,
             batch=self.budget.batch,
             sampler_steps=self.settings.sampling.steps,
             guidance=self.settings.sampling.guidance,
             own_states=variant.own_states,
-            int8_activations=variant.int8_in_training,
             seed=self.settings.seed,
         )
-        if self._trained is None or self._trained[0] != how:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
-            conditions = self.calibration.calibration.conditions
-            distiller = Distiller(self.teacher(), scheduler, conditions, how, self.device, start)
-            self._trained = how, distiller.run(self.budget.distill_seconds)
-        return self._trained[1]
+        prompts = split_prompts(self.settings.distill_prompts, how.held_out, how.seed)
+        folder = self.directory.absolute() / f"end-to-end-own-{how.own_states}-int8-{how.int8_steps}"
+        parts = (how, self.settings.sampling, prompts.trained, prompts.held_out)
+        task = EndToEndTask(self.pipeline_dir.absolute(), folder, *parts)
+        if not task.prepared:
+            task.prepare(start, encode(self.pipeline_dir, prompts.distinct, self.settings.sampling, self.device))
+        task.run(self.device)
+        return task.result()[0]
 
 
 def _is_modulation(name: str) -> bool:

@@ -31,6 +31,7 @@ from kernels.packing import Codes
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
 LOG = "distill.parquet"
+ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def quantize(
 def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> Conditions:
     """The prompts' embeddings, on the CPU. The text encoders are gone from the device afterwards."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    embeddings = TextEncoder(pipeline_dir, device, dtype, sampling.max_sequence_length).encode(prompts)
+    embeddings = TextEncoder(pipeline_dir, device, dtype, sampling.max_sequence_length).encode(prompts, ENCODE_BATCH)
     image_ids_L3 = FluxPipeline._prepare_latent_image_ids(
         1,
         sampling.height // PIXELS_PER_TOKEN,

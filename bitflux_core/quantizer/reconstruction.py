@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitflux_core.distill import LatentTernaryLinear, relative_error
 from bitflux_core.quantizer.blocks import Stream
 from bitflux_core.ternary import TernaryWeight
-from bitflux_core.training import warmup_then_cosine
+from bitflux_core.training import deterministic, warmup_then_cosine
 
 LOG_LINES = 5  # a block
 
@@ -68,9 +68,10 @@ def reconstruct(
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * warmup_then_cosine(step, settings.steps, warmup)
         chosen = int(torch.randint(len(student_streams), (), generator=generator))
-        loss = _error(teacher, training, teacher_streams[chosen], student_streams[chosen])
         adam.zero_grad()
-        loss.backward()
+        with deterministic():
+            loss = _error(teacher, training, teacher_streams[chosen], student_streams[chosen])
+            loss.backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         adam.step()
         if step % max(1, settings.steps // LOG_LINES) == 0:

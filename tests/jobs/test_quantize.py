@@ -51,9 +51,25 @@ def test_a_rank_that_cannot_be_is_refused(models, profile, tmp_path, capsys, ran
 def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):
     monkeypatch.setattr("bitflux_core.quantizer.quantize.quantize", lambda *_: pytest.fail("began the work"))
     before = {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()}
-    assert quantize.main(["--profile", profile]) == 2
+    assert quantize.main(["--profile", profile, "--output", str(models / "ternary")]) == 2
     assert "ternary is in use" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()} == before
+
+
+def test_a_checkpoint_made_again_lies_elsewhere_and_is_compared(models, make_profile, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    init = ["--init", "least-squares"]
+    profile = make_profile({"ternary": str(tmp_path / "known")})
+    assert quantize.main(["--profile", profile, *init]) == 0
+    assert (tmp_path / "known" / "config.json").is_file()
+    assert "of the codes" not in capsys.readouterr().out
+    assert quantize.main(["--profile", profile, *init]) == 0
+    assert f"100.00% of the codes are those of {tmp_path / 'known'}" in capsys.readouterr().out
+    [made] = tmp_path.glob("ternary-*")
+    assert (made / "config.json").is_file()
+    other = ["--init", "absmean", "--output", str(tmp_path / "other")]
+    assert quantize.main(["--profile", profile, *other]) == 0
+    assert "100.00% of the codes" not in capsys.readouterr().out
 
 
 def test_a_profile_without_a_place_for_the_twin(models, make_profile, capsys):
@@ -83,7 +99,8 @@ def test_a_file_of_too_few_prompts_is_refused(profile, tmp_path, capsys):
 def test_prompts_of_the_mini_world_follow_the_seed():
     profile = load_profile("mini")
     first, again, other = (
-        quantize.calibration_prompts(profile, quantize.parse(["--seed", seed])) for seed in ("0", "0", "1")
+        quantize.calibration_prompts(profile, quantize.parse(["--seed", seed, "--calibration-prompts", "64"]))
+        for seed in ("0", "0", "1")
     )
     assert len(first) == 64
     assert first == again != other

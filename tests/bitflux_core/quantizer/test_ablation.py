@@ -12,14 +12,19 @@ from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
 
-BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=3, distill_seconds=None, batch=4)
+BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=4, batch=4)
+DISTILLED = tuple(
+    f"a photo of {count} {shape}"
+    for count in ("a", "two", "three", "four", "five")
+    for shape in ("circle", "star", "ring", "cross")
+)
 NAMED = {variant.name: variant for variant in VARIANTS}
 
 
 @pytest.fixture(scope="module")
 def ablation(lively_dir, settings, tmp_path_factory):
     directory = tmp_path_factory.mktemp("ablation")
-    return Ablation(lively_dir, directory, settings(), BUDGET, torch.device("cpu"))
+    return Ablation(lively_dir, directory, settings(distill_prompts=DISTILLED), BUDGET, torch.device("cpu"))
 
 
 def test_modulation_stays_full_precision_where_the_row_says_so(ablation):
@@ -57,24 +62,34 @@ def test_group_scales_fit_the_weights_better_and_take_more_room(ablation):
 def test_training_end_to_end_goes_on_from_the_blocks(ablation, monkeypatch):
     """With rates of zero the distilled transformer is the one that it started from, biases included."""
     start = ablation.transformer(NAMED["+ block-wise"])
-    monkeypatch.setattr("bitflux_core.distill.warmup_then_cosine", lambda *_: 0.0)
-    trained = ablation._distilled(NAMED["+ end to end"], start)
+    monkeypatch.setattr("bitflux_core.distill_training.warmup_then_cosine", lambda *_: 0.0)
+    trained = ablation._distilled(replace(NAMED["+ end to end"], own_states=0.25), start)
     for name, layer in block_linears(trained).items():
         before = start.get_submodule(name)
         assert torch.equal(layer.packed, before.packed)
         torch.testing.assert_close(layer.scale, before.scale)
         torch.testing.assert_close(layer.bias, before.bias)
-    ablation._trained = None
 
 
 def test_rows_that_only_draw_otherwise_share_a_training(ablation):
-    native, int8 = NAMED["+ own-state rollouts"], NAMED["+ own-state rollouts drawn in int8"]
-    first = ablation.transformer(native)
-    assert ablation.transformer(int8) is first
-    assert {layer.activations for layer in block_linears(first).values()} == {"int8"}
-    assert ablation.transformer(NAMED["+ int8 in the loop drawn in int8"]) is not first
+    def codes(name):
+        layers = block_linears(ablation.transformer(NAMED[name])).values()
+        assert {layer.activations for layer in layers} == {NAMED[name].activations}
+        return torch.cat([layer.packed.flatten() for layer in layers])
+
+    def trainings():
+        return set(ablation.directory.glob("end-to-end-*"))
+
+    before = trainings()
+    native = codes("+ own-state rollouts")
+    assert torch.equal(codes("+ own-state rollouts drawn in int8"), native)
+    assert len(trainings() - before) == 1
+    codes("+ int8 in the loop drawn in int8")
+    assert len(trainings() - before) == 2
 
 
 def test_other_options_are_refused_in_the_same_folder(ablation, lively_dir, settings):
     with pytest.raises(UserError, match="another recipe"):
-        Ablation(lively_dir, ablation.directory, settings(seed=5), BUDGET, torch.device("cpu"))
+        Ablation(
+            lively_dir, ablation.directory, settings(distill_prompts=DISTILLED, seed=5), BUDGET, torch.device("cpu")
+        )
