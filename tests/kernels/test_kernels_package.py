@@ -1,11 +1,10 @@
 """Our top-level package `kernels` shares its name with Hugging Face's library, which must count as absent."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import kernels
 
@@ -22,17 +21,29 @@ print(kernels.__file__)
 """
 
 
-@pytest.mark.parametrize("isolated", [False, True], ids=["installed", "only on the path"])
-def test_libraries_treat_their_kernels_as_absent(isolated, tmp_path):
-    """Also where a job's working directory is the only trace of BitFlux and no installed metadata names its version."""
+def test_libraries_treat_their_kernels_as_absent():
+    """In this process, where BitFlux is installed."""
+    import diffusers.utils
+    import transformers.utils
+    from diffusers import FluxPipeline  # noqa: F401
+    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401
+
+    assert importlib.metadata.version("bitflux")
+    assert not transformers.utils.is_kernels_available()
+    assert not diffusers.utils.is_kernels_available()
+
+
+def test_libraries_treat_their_kernels_as_absent_where_bitflux_is_only_on_the_path(tmp_path):
+    """A job's working directory is the only trace of BitFlux, and no installed metadata names its version."""
     hide = f"""
 import importlib.metadata, sys
 sys.path.insert(0, {str(ROOT)!r})
 real = importlib.metadata.distributions
 importlib.metadata.distributions = lambda **kw: (d for d in real(**kw) if d.metadata["Name"] != "bitflux")
 """
-    code = (hide if isolated else "") + PROBE
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", hide + PROBE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip().splitlines()[-1]) == PACKAGE / "__init__.py"
 
