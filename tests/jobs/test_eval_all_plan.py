@@ -11,12 +11,13 @@ from jobs import eval_all
 UPSTREAM = REPOSITORY.parent / "shared" / "benchmarks"
 
 
-def test_the_default_plan_draws_240_pairs(capsys, tmp_path, monkeypatch):
+def test_the_default_plan_draws_252_pairs_of_both_benchmarks(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert eval_all.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "480 images" in printed
-    assert "60 distinct prompts" in printed
+    assert "504 images" in printed
+    for words in ("mini-geneval", "color_attr", "mini-t2i-compbench", "3d_spatial", "252 distinct prompts"):
+        assert words in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -24,9 +25,13 @@ def test_options_change_the_plan(capsys):
     arguments = ["--dry-run", "--json", "--limit", "2", "--images-per-prompt", "3", "--variants", "bf16,ternary-int8"]
     assert eval_all.main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["images_by_tag"]["mini-geneval"] == dict.fromkeys(plan["images_by_tag"]["mini-geneval"], 6)
+    assert {name: len(tags) for name, tags in plan["images_by_tag"].items()} == {
+        "mini-geneval": 6,
+        "mini-t2i-compbench": 8,
+    }
+    assert {count for tags in plan["images_by_tag"].values() for count in tags.values()} == {6}
     assert plan["variants"] == ["bf16", "ternary-int8"]
-    assert (plan["images"], plan["distinct_prompts"]) == (72, 12)
+    assert (plan["images"], plan["distinct_prompts"]) == (168, 28)
 
 
 def test_flux_dev_needs_no_weights_to_plan(capsys):
