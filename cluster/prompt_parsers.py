@@ -151,7 +151,13 @@ def parse_parti(source: Source, _: Companions) -> Iterator[ParsedPrompt]:
         if len(cells) != len(PARTI_COLUMNS):
             raise UserError(f"{source.name} line {line}: {len(cells)} columns of {len(PARTI_COLUMNS)}")
         row = {column.lower(): cell.strip() for column, cell in zip(PARTI_COLUMNS, cells, strict=True)}
-        yield ParsedPrompt(line, row["category"], row["prompt"], row)
+        if not row["category"]:
+            raise UserError(f"{source.name} line {line}: Category is empty; write one")
+        try:
+            tag = checked_tag(row["category"])
+        except ValueError as error:
+            raise UserError(f"{source.name} line {line}: Category: {error}") from error
+        yield ParsedPrompt(line, tag, row["prompt"], row)
 
 
 def _complex_kinds(companions: Companions) -> dict[str, str]:

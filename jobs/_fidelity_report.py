@@ -60,16 +60,18 @@ def print_fidelity(console: Console, reports: list[FidelityReport]) -> None:
     """Two tables: likeness, and error by frequency. Nothing where nothing was compared."""
     if not reports:
         return
-    likeness = Table("variant", "benchmark", title="images against bf16 from the same noise")
-    for heading, _ in MEASURES.values():
+    likeness = Table("variant", "benchmark", "measure", title="images against bf16 from the same noise")
+    for heading in ("mean", "95 % interval", "images"):
         likeness.add_column(heading, justify="right")
-    likeness.add_column("images", justify="right")
     bands = Table("variant", "benchmark", title="signal over error in dB, by cycles a pixel up to")
     for band in reports[0].bands_db:
         bands.add_column(band, justify="right")
     for report in reports:
-        cells = [_cell(report.measures.get(measure), digits) for measure, (_, digits) in MEASURES.items()]
-        likeness.add_row(report.variant, report.benchmark, *cells, f"{report.n_compared}/{report.n_expected}")
+        images = f"{report.n_compared}/{report.n_expected}"
+        for measure, (heading, digits) in MEASURES.items():
+            cells = _cells(report.measures.get(measure), digits)
+            likeness.add_row(report.variant, report.benchmark, heading, *cells, images)
+        likeness.add_section()
         found = ["-" if value is None else f"{value:.1f}" for value in report.bands_db.values()]
         bands.add_row(report.variant, report.benchmark, *found)
     console.print(likeness)
@@ -80,12 +82,10 @@ def fidelity_document(reports: list[FidelityReport]) -> dict[str, Any]:
     return {"fidelity": [asdict(report) for report in reports]}
 
 
-def _cell(measured: tuple[float | None, float | None, float | None] | None, digits: int) -> str:
-    if measured is None or measured[0] is None:
-        return "-"
-    mean, low, high = measured
-    span = "" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})"
-    return f"{mean:.{digits}f}{span}"
+def _cells(measured: tuple[float | None, float | None, float | None] | None, digits: int) -> tuple[str, str]:
+    mean, low, high = measured or (None, None, None)
+    interval = "-" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
+    return "-" if mean is None else f"{mean:.{digits}f}", interval
 
 
 def _as_fidelity(row: dict[str, Any]) -> "Fidelity":

@@ -99,19 +99,21 @@ def _rates(name: str, judge: "Evaluator", specs: list["PromptSpec"], metadata: A
     fails: dict[str, list[bool]] = defaultdict(list)
     passes: dict[str, list[bool]] = defaultdict(list)
     for spec, good, bad in zip(specs, right, wrong, strict=True):
-        if name == "geneval" or spec.tag in BARS:
-            bar = BARS.get(spec.tag, 0.5) if name != "geneval" else 0.5
-            fails[spec.tag].append(good < bar)
-            passes[spec.tag].append(bad >= bar)
-        else:
-            fails[spec.tag].append(good <= bad)
-            passes[spec.tag].append(bad >= good)
+        false_fail, false_pass = misjudged(name, spec.tag, good, bad)
+        fails[spec.tag].append(false_fail)
+        passes[spec.tag].append(false_pass)
     rows: list[dict[str, Any]] = []
     for tag, found in fails.items():
         shares = {"false_fail": _mean(found), "false_pass": _mean(passes[tag])}
         rows.append({"benchmark": name, "tag": tag, "prompts": len(found), **shares})
     overall = {kind: _mean([row[kind] for row in rows]) for kind in ("false_fail", "false_pass")}
     return [*rows, {"benchmark": name, "tag": "overall", "prompts": len(specs), **overall}]
+
+
+def misjudged(benchmark: str, tag: str, right: float, wrong: float) -> tuple[bool, bool]:
+    """Whether the right scene fails by its score, and whether the wrong one passes."""
+    bar = 0.5 if benchmark == "geneval" else BARS.get(tag)
+    return (right <= wrong, wrong >= right) if bar is None else (right < bar, wrong >= bar)
 
 
 def rendered(specs: Sequence["PromptSpec"], seed: int) -> list["np.ndarray"]:

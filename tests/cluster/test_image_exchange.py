@@ -102,7 +102,9 @@ def export(drawn, tmp_path):
 def score(tmp_path):
     """Scores a folder and returns plan and rows by prompt and image."""
 
-    def run(folder: Path, layout: str, workload: Workload = TOY, name: str = "imported", *, recorded: bool = False):
+    def run(
+        folder: Path | str, layout: str, workload: Workload = TOY, name: str = "imported", *, recorded: bool = False
+    ):
         plan = import_plan(PROFILE, workload, "theirs", None, None)
         counts = [workload.images_per_prompt]
         made = {"geneval": GenEvalLayout(workload.prompts), "t2i-compbench": CompBenchLayout(workload.prompts, counts)}
@@ -125,6 +127,16 @@ def scored(rows: list[dict], variant: str) -> dict:
         for row in rows
         if row["variant"] == variant
     }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_exported_to_a_bucket_scores_as_it_did(drawn, score, s3, layout):
+    export = planned_export(drawn, TOY, "ternary", layout)
+    write_export(export, drawn, f"s3://bucket/{layout}")
+    _, _, rows = score(f"s3://bucket/{layout}", layout)
+    assert scored([*rows.values()], "theirs") == scored(drawn.read_rows().to_pylist(), "ternary")
+    with pytest.raises(UserError, match=f"s3://bucket/{layout} is there already and not empty"):
+        write_export(export, drawn, f"s3://bucket/{layout}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

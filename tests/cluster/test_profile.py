@@ -20,11 +20,12 @@ def write(folder, **changes):
     return str(path)
 
 
-def test_mini_draws_240_pairs_by_default():
+def test_mini_draws_252_pairs_of_both_benchmarks_by_default():
     profile = load_profile("mini")
     assert (profile.sampling.width, profile.sampling.height, profile.sampling.max_sequence_length) == (128, 128, 16)
     assert profile.variants == ("bf16", "ternary")
-    assert 6 * profile.limit * profile.images_per_prompt == 240
+    assert profile.benchmarks == ("mini-geneval", "mini-t2i-compbench")
+    assert (6 + 8) * profile.limit * profile.images_per_prompt == 252
 
 
 def test_flux_dev_states_what_the_paper_leaves_open():

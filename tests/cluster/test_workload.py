@@ -250,7 +250,24 @@ def test_lines_of_any_end_and_alphabet(tmp_path):
         ({"path": "list", "tag": "numeracy"}, "need files of role objects"),
         ({"path": "list", "tag": "color", "parser": "csv"}, "unknown parser 'csv'"),
         ({"path": "list", "tag": "color", "parser": "geneval"}, "remove the tag 'color'"),
+        ({"path": "list", "tag": "color", "parser": "parti"}, "remove the tag 'color'"),
+        ({"path": "list", "parser": "parti"}, "list line 1: must be the columns Prompt, Category, Challenge, Note"),
     ],
 )
 def test_files_that_do_not_fit_the_parser(tmp_path, file, named):
     assert named in refusal(compbench(tmp_path, file, list=b"a cup"))
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (b"a cup\tArtifacts\tBasic", "table line 2: 3 columns of 4"),
+        (b" \tArtifacts\tBasic\t-", "table line 2: empty prompt"),
+        (b"a cup\t\tBasic\t-", "table line 2: Category is empty"),
+        (b"a cup\toverall\tBasic\t-", "table line 2: Category: the results call the mean"),
+    ],
+)
+def test_a_fault_in_a_table_among_lists_is_named_by_file_and_line(tmp_path, row, named):
+    table = b"Prompt\tCategory\tChallenge\tNote\n" + row + b"\n"
+    files = ({"path": "list", "tag": "color"}, {"path": "table", "parser": "parti"})
+    assert named in refusal(compbench(tmp_path, *files, list=b"a bowl\n", table=table))

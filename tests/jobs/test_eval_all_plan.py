@@ -11,12 +11,13 @@ from jobs import eval_all
 UPSTREAM = REPOSITORY.parent / "shared" / "benchmarks"
 
 
-def test_the_default_plan_draws_240_pairs(capsys, tmp_path, monkeypatch):
+def test_the_default_plan_draws_252_pairs_of_both_benchmarks(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert eval_all.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "480 images" in printed
-    assert "60 distinct prompts" in printed
+    assert "504 images" in printed
+    for words in ("mini-geneval", "color_attr", "mini-t2i-compbench", "3d_spatial", "252 distinct prompts"):
+        assert words in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -24,9 +25,61 @@ def test_options_change_the_plan(capsys):
     arguments = ["--dry-run", "--json", "--limit", "2", "--images-per-prompt", "3", "--variants", "bf16,ternary-int8"]
     assert eval_all.main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["images_by_tag"]["mini-geneval"] == dict.fromkeys(plan["images_by_tag"]["mini-geneval"], 6)
+    assert {name: len(tags) for name, tags in plan["images_by_tag"].items()} == {
+        "mini-geneval": 6,
+        "mini-t2i-compbench": 8,
+    }
+    assert {count for tags in plan["images_by_tag"].values() for count in tags.values()} == {6}
     assert plan["variants"] == ["bf16", "ternary-int8"]
-    assert (plan["images"], plan["distinct_prompts"]) == (72, 12)
+    assert (plan["images"], plan["distinct_prompts"]) == (168, 28)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Writes a table as jobs/bench.py images does, with other values for some keys; the file's path."""
+
+    def write(**changes: object) -> str:
+        row = {"mode": "ternary", "resolution": 128, "text_s": 0.5, "denoise_s": 4.0, "decode_s": 1.5, "error": None}
+        rows = [
+            {**row, "steps": 30, "denoise_s": 3.0},
+            {**row, "steps": 50},
+            {**row, "steps": 20, "mode": "bf16", "resolution": 64},
+        ]
+        path = tmp_path / "images.json"
+        path.write_text(json.dumps({"section": "images", "settings": {"tiny": False}, "rows": rows, **changes}))
+        return str(path)
+
+    return write
+
+
+def test_measured_seconds_take_the_place_of_declared_ones(capsys, measured):
+    """The row with the nearest number of steps counts, in proportion; what was not measured stays declared."""
+    assert eval_all.main(["--dry-run", "--json", "--measured", measured()]) == 0
+    captured = capsys.readouterr()
+    bf16, ternary = json.loads(captured.out)["costs"]
+    declared_s = 128 * 128 / 1e6 * 20 * 1.0
+    assert (bf16["measured"], bf16["draw_s"]) == (False, pytest.approx(declared_s))
+    assert (ternary["measured"], ternary["draw_s"]) == (True, pytest.approx(0.5 + 3.0 * 20 / 30 + 1.5))
+    assert ternary["hours"] == pytest.approx(252 * (4.0 + 0.015) / 3600)
+    assert "4.00 (measured)" in captured.err
+    assert "0.33 (declared)" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"section": "kernels"}, "holds no images of full size"),
+        ({"settings": {"tiny": True}}, "holds no images of full size"),
+        ({"rows": []}, "holds no image of 128x128 pixels"),
+        ({"rows": [{"steps": 20}]}, "is no table of images (KeyError: 'error')"),
+    ],
+)
+def test_a_file_that_measures_something_else_is_refused(capsys, measured, changes, words):
+    assert eval_all.main(["--dry-run", "--measured", measured(**changes)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert "images.json" in captured.err
 
 
 def test_flux_dev_needs_no_weights_to_plan(capsys):
