@@ -213,14 +213,14 @@ TRAINING_MIX: tuple[tuple[float, Callable[[], list[PromptSpec]]], ...] = (
 )
 
 
-def training_prompts() -> tuple[list[PromptSpec], list[float]]:
-    """Every training prompt of both twins and its sampling probability (they sum to 1); no held-out pair among them."""
-    specs, weights = world.training_prompts()
+def training_prompts(every_pair: bool = False) -> tuple[list[PromptSpec], list[float]]:
+    """Every training prompt of both twins and its sampling probability (they sum to 1), pairs as `world` says."""
+    specs, weights = world.training_prompts(every_pair)
     specs, weights = list(specs), list(weights)
     rest = 1 - sum(share for share, _ in TRAINING_MIX)
     weights = [weight * rest for weight in weights]
     for share, build in TRAINING_MIX:
-        part = [spec for spec in build() if not spec.held_out]
+        part = [spec for spec in build() if every_pair or not spec.held_out]
         specs += part
         weights += [share / len(part)] * len(part)
     return specs, weights

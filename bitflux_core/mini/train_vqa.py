@@ -226,7 +226,7 @@ def train_vqa(
     seed: int,
 ) -> float:
     """Trains `model` in place; returns its accuracy over the last hundred steps or so."""
-    specs, weights = training_prompts()
+    specs, weights = training_prompts(every_pair=True)
     # A prompt that names an attribute is worth more here than one that does not.
     weights = [
         weight * (1 + 3 * bool(spec.textures or spec.forms or any(color != ANY for color in spec.colors)))

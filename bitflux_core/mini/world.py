@@ -185,13 +185,16 @@ TRAINING_MIX: tuple[tuple[float, Callable[[str], list[PromptSpec]]], ...] = (
 PHOTO_SHARE = 0.5
 
 
-def training_prompts() -> tuple[list[PromptSpec], list[float]]:
-    """Every training prompt and its sampling probability (they sum to 1); no held-out pair among them."""
+def training_prompts(every_pair: bool = False) -> tuple[list[PromptSpec], list[float]]:
+    """Every training prompt and its sampling probability (they sum to 1); no held-out pair among them.
+
+    With `every_pair` those too: for models that judge, and must know what the drawing ones never saw.
+    """
     specs: list[PromptSpec] = []
     weights: list[float] = []
     for share, build in TRAINING_MIX:
         for medium in MEDIA:
-            part = [spec for spec in build(medium) if not spec.held_out]
+            part = [spec for spec in build(medium) if every_pair or not spec.held_out]
             medium_share = PHOTO_SHARE if medium == "photo" else (1 - PHOTO_SHARE) / (len(MEDIA) - 1)
             specs += part
             weights += [share * medium_share / len(part)] * len(part)
