@@ -51,12 +51,11 @@ class LatentTernaryLinear(nn.Module):
         self,
         linear: nn.Linear | TernaryLinear,
         start: TernaryWeight | None = None,
-        int8_activations: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
         """Starts at the linear's own bias and at `start`, or least squares."""
         super().__init__()
-        self.int8_activations = int8_activations
+        self.int8_activations = False  # whoever trains sets it, phase by phase
         if isinstance(linear, TernaryLinear):
             raise UserError("the teacher is ternary already: distil from a full-precision transformer")
         ternary = start or least_squares(linear.weight)
@@ -134,7 +133,6 @@ class _RoundedToInt8(torch.autograd.Function):
 def make_student(
     teacher: FluxTransformer2DModel,
     start: FluxTransformer2DModel | None = None,
-    int8_activations: bool = False,
     latent_dtype: torch.dtype = torch.float32,
 ) -> FluxTransformer2DModel:
     """The teacher's twin, on its device, whose block linears are latent ternary, started at least squares.
@@ -151,7 +149,7 @@ def make_student(
             assert isinstance(layer, TernaryLinear)
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
             weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
-        student.set_submodule(name, LatentTernaryLinear(linear, weight, int8_activations, latent_dtype))
+        student.set_submodule(name, LatentTernaryLinear(linear, weight, latent_dtype))
     source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}
