@@ -39,6 +39,14 @@ class Conditions:
     image_ids_L3: Tensor
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's own, with the weight in its input's dtype, as where the model draws: two dtypes have no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class LatentTernaryLinear(nn.Module):
     """A linear layer in training: codes are the rounded latents, gradients pass the rounding straight through.
 
@@ -150,6 +158,11 @@ def make_student(
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
             weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
         student.set_submodule(name, LatentTernaryLinear(linear, weight, latent_dtype))
+    for name, norm in list(student.named_modules()):
+        if isinstance(norm, nn.RMSNorm):
+            student.set_submodule(
+                name, RMSNorm(norm.normalized_shape, norm.eps, norm.weight is not None, device="meta")
+            )
     source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}

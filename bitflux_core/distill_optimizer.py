@@ -28,33 +28,42 @@ class FactoredInBackward:
     """
 
     def __init__(self, latents: Mapping[str, nn.Parameter], seed: int):
-        self.seed, self.step, self.rate = seed, 0, 0.0
+        any_latent = next(iter(latents.values()))
+        device = local(any_latent).device
+        self.seed = seed
+        self.rank = dist.get_rank() if isinstance(any_latent, DTensor) else 0
+        self.generator = torch.Generator(device)  # of all latents, which step in the same order each time
+        # What changes from step to step lies on the device, where a CUDA graph of the backward pass reads it.
+        self._rate, self._forget = torch.zeros((), device=device), torch.ones((), device=device)
         self.rows: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
-        for index, (name, latent) in enumerate(latents.items()):
+        for name, latent in latents.items():
             rows, columns = local(latent).shape
-            device = local(latent).device
             self.rows[name] = torch.zeros(rows, device=device)
             self.columns[name] = torch.zeros(columns, device=device)
             # Defaults bind the loop's variables.
             latent.register_post_accumulate_grad_hook(
-                lambda latent, name=name, index=index: self._step(latent, name, index)  # type: ignore[misc]
+                lambda latent, name=name: self._step(latent, name)  # type: ignore[misc]
             )
 
     def begin(self, step: int, rate: float) -> None:
-        """The coming backward makes the step of this number, from 0, at this learning rate."""
-        self.step, self.rate = step, rate
+        """The coming backward makes the step of this number, from 0, at this learning rate.
+
+        Its random numbers follow from its number, the seed and the rank, so that there is no state of them to save.
+        """
+        self._rate.fill_(rate)
+        self._forget.fill_(float(step + 1) ** BETA2_DECAY)
+        self.generator.manual_seed(seed_of(self.seed, step, self.rank))
 
     @torch.no_grad()
-    def _step(self, latent: Tensor, name: str, index: int) -> None:
+    def _step(self, latent: Tensor, name: str) -> None:
         assert latent.grad is not None
         gradient, latent_NK, count = local(latent.grad).float(), local(latent), latent.shape[0]
         latent.grad = None
-        forget = float(self.step + 1) ** BETA2_DECAY
         square_NK = gradient.square()
         row_N, column_K = self.rows[name], self.columns[name]
-        row_N.lerp_(square_NK.mean(dim=1), forget)
-        column_K.lerp_(over_ranks(latent, square_NK.sum(dim=0)) / count, forget)
+        row_N.lerp_(square_NK.mean(dim=1), self._forget)
+        column_K.lerp_(over_ranks(latent, square_NK.sum(dim=0)) / count, self._forget)
         del square_NK
         row_mean = over_ranks(latent, row_N.sum()) / count
         # Divided first: the product of two small moments would not be a float32.
@@ -62,15 +71,8 @@ class FactoredInBackward:
         update_NK.clamp_(min=_TINY).rsqrt_().mul_(gradient)
         del gradient
         rms = (over_ranks(latent, update_NK.square().sum()) / latent.numel()).sqrt()
-        update_NK.mul_(-self.rate / (rms / MOST_RMS).clamp(min=1.0)).add_(latent_NK)
-        generator = torch.Generator(update_NK.device)
-        generator.manual_seed(self._seed_of(latent, index))
-        latent_NK.copy_(stochastic_round(update_NK, latent_NK.dtype, generator))
-
-    def _seed_of(self, latent: Tensor, index: int) -> int:
-        """One for every seed, step, latent and rank, so that there is no state of it to save."""
-        rank = dist.get_rank() if isinstance(latent, DTensor) else 0
-        return seed_of(self.seed, self.step, index, rank)
+        update_NK.mul_(-self._rate / (rms / MOST_RMS).clamp(min=1.0)).add_(latent_NK)
+        latent_NK.copy_(stochastic_round(update_NK, latent_NK.dtype, self.generator))
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

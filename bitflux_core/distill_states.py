@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitflux_core.distill import Conditions
 from bitflux_core.distill_optimizer import seed_of
+from bitflux_core.training import sent
 
 Inputs = dict[str, Tensor]  # keyword arguments of FluxTransformer2DModel.forward, float32
 
@@ -42,7 +43,7 @@ class Rollouts:
     ):
         if slots % batch or batch % ranks:
             raise ValueError(f"{slots} slots, batches of {batch} and {ranks} ranks do not divide")
-        self.conditions, self.prompts, self.guidance = conditions, torch.tensor(prompts), guidance
+        self.conditions, self.prompts = conditions, torch.tensor(prompts)
         self.seed, self.device, self.rank, self.ranks, self.batch = seed, device, rank, ranks, batch
         self.sigmas = sigmas.cpu()
         self.steps = len(sigmas) - 1
@@ -50,9 +51,14 @@ class Rollouts:
         self.prompt_S = self.prompts[torch.arange(slots) % len(prompts)]
         self.latents_SLC = torch.empty(slots, len(conditions.image_ids_L3), channels, device=device)
         generator = torch.Generator().manual_seed(seed_of(seed, slots))
+        count = batch // ranks
+        self._same = {  # for every batch
+            "guidance": torch.full((count,), guidance, device=device),
+            "txt_ids": torch.zeros(conditions.prompt_embeds_PTD.shape[1], 3, device=device),
+            "img_ids": conditions.image_ids_L3.to(device, torch.float32),
+        }
         self.own_order_S = torch.randperm(slots, generator=generator)  # the lower a slot's, the sooner it is own
-        for slot in range(slots):
-            self.latents_SLC[slot] = self._noise(slot)
+        self._to_noise(torch.arange(slots))
 
     def part_of(self, step: int) -> Tensor:
         """This rank's slots of the batch that training step `step` takes."""
@@ -64,13 +70,11 @@ class Rollouts:
         """What the transformer is given for these slots."""
         prompt_B, device = self.prompt_S[slots], self.device
         return {
-            "hidden_states": self.latents_SLC[slots.to(device)],
-            "timestep": self.sigmas[self.step_S[slots]].to(device),
-            "guidance": torch.full((len(slots),), self.guidance, device=device),
-            "encoder_hidden_states": self.conditions.prompt_embeds_PTD[prompt_B].to(device, torch.float32),
-            "pooled_projections": self.conditions.pooled_PD[prompt_B].to(device, torch.float32),
-            "txt_ids": torch.zeros(self.conditions.prompt_embeds_PTD.shape[1], 3, device=device),
-            "img_ids": self.conditions.image_ids_L3.to(device, torch.float32),
+            "hidden_states": self.latents_SLC[sent(slots, device)],
+            "timestep": sent(self.sigmas[self.step_S[slots]], device),
+            "encoder_hidden_states": sent(self.conditions.prompt_embeds_PTD[prompt_B], device).float(),
+            "pooled_projections": sent(self.conditions.pooled_PD[prompt_B], device).float(),
+            **self._same,
         }
 
     def spread(self, velocity: Callable[[Inputs], Tensor]) -> None:
@@ -93,14 +97,16 @@ class Rollouts:
 
         A slot that reached its image starts over from new noise with a new prompt.
         """
-        own_B = (self.own_order_S[slots] < own_states * len(self.step_S)).to(self.device)
+        own_B = sent(self.own_order_S[slots] < own_states * len(self.step_S), self.device)
         self._move(slots, torch.where(own_B[:, None, None], mine_BLC, theirs_BLC))
-        for slot in slots[self.step_S[slots] == self.steps].tolist():
-            self.lap_S[slot] += 1
-            self.step_S[slot] = 0
-            self.latents_SLC[slot] = self._noise(slot)
-            generator = self._generator(slot, 1)
-            self.prompt_S[slot] = self.prompts[torch.randint(len(self.prompts), (), generator=generator)]
+        done = slots[self.step_S[slots] == self.steps]
+        if not len(done):
+            return
+        self.lap_S[done] += 1
+        self.step_S[done] = 0
+        self._to_noise(done)
+        places = [torch.randint(len(self.prompts), (), generator=self._generator(slot, 1)) for slot in done.tolist()]
+        self.prompt_S[done] = self.prompts[torch.stack(places)]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, on the CPU, of all ranks: every one must call it."""
@@ -124,12 +130,15 @@ class Rollouts:
 
     def _move(self, slots: Tensor, velocity_BLC: Tensor) -> None:
         now_B = self.step_S[slots]
-        stride_B = (self.sigmas[now_B + 1] - self.sigmas[now_B]).to(self.device)
-        self.latents_SLC[slots.to(self.device)] += stride_B[:, None, None] * velocity_BLC.float()
+        stride_B = sent(self.sigmas[now_B + 1] - self.sigmas[now_B], self.device)
+        self.latents_SLC[sent(slots, self.device)] += stride_B[:, None, None] * velocity_BLC.float()
         self.step_S[slots] += 1
 
-    def _noise(self, slot: int) -> Tensor:
-        return torch.randn(self.latents_SLC.shape[1:], generator=self._generator(slot, 0)).to(self.device)
+    def _to_noise(self, slots: Tensor) -> None:
+        """New noise, of each slot's own lap, in one copy to the device."""
+        shape = self.latents_SLC.shape[1:]
+        noise = [torch.randn(shape, generator=self._generator(slot, 0)) for slot in slots.tolist()]
+        self.latents_SLC[sent(slots, self.device)] = sent(torch.stack(noise), self.device)
 
     def _generator(self, slot: int, use: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, slot, int(self.lap_S[slot]), use))

@@ -8,13 +8,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint as computed_again
 
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear, codes_of, make_student, sampler_sigmas
@@ -33,11 +36,15 @@ from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, empty_ternary_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.training import FlatGradients, deterministic, use_fast_math, warmup_then_cosine
+from bitflux_core.training import FlatGradients, Replayed, deterministic, use_fast_math, warmup_then_cosine
 from kernels.packing import pack_planes, unpack_planes
+
+# How a step's kernels are launched: one by one, by torch.compile's code block by block, or all by one CUDA graph.
+Launch = Literal["eager", "compiled", "graph"]
 
 RESULT = "best.safetensors"
 WARMUP_SHARE = 20  # of the steps, one in so many
+COMPILE_OPTIONS: dict[str, Any] = {"deterministic": True}
 _REST = "rest"  # the checkpoint's part with all but latents
 
 
@@ -46,8 +53,9 @@ class EndToEnd:
 
     `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
     where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
-    and keeps its rows of teacher and latents. `compiled` steps run torch.compile's kernels. UserError
-    for a batch that the ranks cannot share and for a damaged checkpoint.
+    and keeps its rows of teacher and latents. A step whose `launch` is a graph keeps
+    what its backward pass needs, where others compute it again; it pays where models are so small that Python is slower
+    than the GPU. UserError for a batch that the ranks cannot share and for a damaged checkpoint.
     """
 
     def __init__(
@@ -62,7 +70,7 @@ class EndToEnd:
         device: torch.device,
         folder: Path,
         mesh: DeviceMesh | None = None,
-        compiled: bool = False,
+        launch: Launch = "eager",
     ):
         """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
         if device.type == "cuda":
@@ -73,7 +81,10 @@ class EndToEnd:
             raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")
         self.start = start
         self.student = make_student(teacher, start, latent_dtype=torch.bfloat16)
-        self.student.enable_gradient_checkpointing()
+        if launch != "graph":
+            # No layer draws random numbers.
+            again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)
+            self.student.enable_gradient_checkpointing(again)
         self.teacher = teacher.eval().requires_grad_(False)
         if mesh:
             shard(self.teacher, mesh, set())
@@ -92,7 +103,7 @@ class EndToEnd:
         self.gradients = FlatGradients([*scales, *rest_of_others])
         self.rates = (settings.scale_lr, settings.other_lr)
         groups = [{"params": p, "lr": rate} for p, rate in zip((scales, rest_of_others), self.rates, strict=True)]
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
         self.step = 0
         self.waited = 0  # evaluations since the best one
@@ -134,10 +145,14 @@ class EndToEnd:
             self._restore(checkpoint)
         else:
             self.rollouts.spread(self._teach)
-        if compiled:
+        self._replayed: Replayed | None = None
+        if launch == "graph":
+            self._replayed = Replayed(self._forward_backward, self.factored.generator)
+        elif launch == "compiled":
             for model in (self.teacher, self.student):
                 for block in (model.get_submodule(name) for name in self.blocks):
-                    block.forward = torch.compile(block.forward, dynamic=False)  # hooks on blocks stay outside
+                    # Hooks on blocks stay outside. Kernels must not be chosen by how fast they happen to be today.
+                    block.forward = torch.compile(block.forward, dynamic=False, options=COMPILE_OPTIONS)
 
     @property
     def native_steps(self) -> int:
@@ -172,10 +187,27 @@ class EndToEnd:
 
     def _train_step(self) -> None:
         settings = self.settings
-        self._set_activations(self.phase)
+        if self._set_activations(self.phase) and self._replayed:
+            self._replayed.forget()
         factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
         slots = self.rollouts.part_of(self.step)
-        inputs = self.rollouts.inputs(slots)
+        self.gradients.zero()
+        self.factored.begin(self.step, settings.latent_lr * factor)
+        run = self._replayed or self._forward_backward
+        target_BLC, velocity_BLC, loss = run(self.rollouts.inputs(slots))
+        self.gradients.average_over_ranks(self.ranks)
+        self.gradients.clip(1.0)
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.adam.step()
+        self._losses += loss
+        self._losses_added += 1
+        own = settings.own_states * min(1.0, 3 * self.step / settings.steps)
+        self.rollouts.advance(slots, target_BLC, velocity_BLC, own)
+        self.step += 1
+
+    def _forward_backward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's velocity, the student's, and the loss; gradients are added up, and latents have stepped."""
         with self._theirs.kept():
             target_BLC = self._teach(inputs)
         with self._mine.kept():
@@ -183,22 +215,12 @@ class EndToEnd:
         loss = state_errors(velocity_BLC, target_BLC).mean()
         if self._mine.outputs:
             pairs = list(zip(self._mine.outputs, self._theirs.outputs, strict=True))
-            loss = loss + settings.feature_weight * sum(state_errors(*pair).mean() for pair in pairs) / len(pairs)
+            errors = sum(state_errors(*pair).mean() for pair in pairs) / len(pairs)
+            loss = loss + self.settings.feature_weight * errors
         self._theirs.drop()
         self._mine.drop()
-        self.gradients.zero()
-        self.factored.begin(self.step, settings.latent_lr * factor)
         loss.backward()
-        self.gradients.average_over_ranks(self.ranks)
-        self.gradients.clip(1.0)
-        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.adam.step()
-        self._losses += loss.detach()
-        self._losses_added += 1
-        own = settings.own_states * min(1.0, 3 * self.step / settings.steps)
-        self.rollouts.advance(slots, target_BLC, velocity_BLC.detach(), own)
-        self.step += 1
+        return target_BLC, velocity_BLC.detach(), loss.detach()
 
     @torch.no_grad()
     def held_out_error(self) -> float:
@@ -240,10 +262,13 @@ class EndToEnd:
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
-    def _set_activations(self, phase: str) -> None:
-        for layer in self.student.modules():
-            if isinstance(layer, LatentTernaryLinear):
-                layer.int8_activations = phase == "int8"
+    def _set_activations(self, phase: str) -> bool:
+        """True where that is a change."""
+        layers = [layer for layer in self.student.modules() if isinstance(layer, LatentTernaryLinear)]
+        changes = any(layer.int8_activations != (phase == "int8") for layer in layers)
+        for layer in layers:
+            layer.int8_activations = phase == "int8"
+        return changes
 
     def _begin_phase(self, began: float) -> None:
         """Other activations, other errors: what the phase starts from is the first to be its best."""

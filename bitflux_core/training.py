@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PACE_EVERY = 100  # steps between two looks at the clock
+GRAPH_WARMUP = 3  # calls before a capture, in which libraries choose their kernels
 
 # cuBLAS adds up in a fixed order only with workspaces of fixed sizes, and reads this when it is first used: so whoever
 # imports this must do so before the first product on a GPU.
@@ -99,7 +100,7 @@ class Average:
         torch._foreach_copy_(self.live, self.mean)
 
 
-def capture(step: Callable[[], object], device: torch.device, warmup: int = 3) -> Callable[[], object]:
+def capture(step: Callable[[], object], device: torch.device, warmup: int = GRAPH_WARMUP) -> Callable[[], object]:
     """`step` as a CUDA graph that reads and writes the same tensors each time; on the CPU, `step` itself.
 
     The step must not synchronise with the host. Its random numbers come from the default CUDA generator.
@@ -117,6 +118,56 @@ def capture(step: Callable[[], object], device: torch.device, warmup: int = 3) -
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
+
+
+class Replayed:
+    """`function`, of tensors by name, as a CUDA graph from its fourth call on: then Python launches one thing a call.
+
+    Every call counts, the first three as well. Tensors must keep their shapes, and results are overwritten by the next
+    call. The function must not synchronise with the host, and must take random numbers from `generator` alone, which
+    may be seeded between calls. What it does is what the capturing call did: `forget` once it would do otherwise.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], generator: torch.Generator):
+        self.function, self.generator = function, generator
+        self.stream = torch.cuda.Stream()
+        self.inputs: dict[str, Tensor] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        outside = torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            if not self.inputs:
+                self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            torch._foreach_copy_(list(self.inputs.values()), [inputs[name] for name in self.inputs])
+            if self.calls < GRAPH_WARMUP:
+                self.outputs = self.function(self.inputs)
+            else:
+                if self.graph is None:
+                    self.graph = self._captured()
+                self.graph.replay()
+            self.calls += 1
+        outside.wait_stream(self.stream)
+        return self.outputs
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        # thread_local: as in `capture`.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.outputs = self.function(self.inputs)
+        return graph
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` of a tensor on the CPU, for which the host does not wait until the device is idle."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Progress:

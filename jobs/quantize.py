@@ -194,12 +194,14 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
     int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
     if int8_steps > args.distill_steps:
         raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
+    batch = args.distill_batch or profile.batch_size
     settings = EndToEndSettings(
         steps=args.distill_steps,
         int8_steps=int8_steps,
-        batch=args.distill_batch or profile.batch_size,
+        batch=batch,
         sampler_steps=profile.sampling.steps,
         guidance=profile.sampling.guidance,
+        held_out=max(EndToEndSettings.held_out, batch // 8),  # seeing them takes no longer than a few steps
         seed=args.seed,
     )
     return settings, distill_prompts(profile, args)

@@ -140,7 +140,7 @@ def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path,
         device,
         folder,
         mesh,
-        row.compiled,
+        "compiled" if row.compiled else "eager",
     )
 
 

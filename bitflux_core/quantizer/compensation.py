@@ -10,7 +10,7 @@ codes, with the best scale for the codes between its rounds, lowers the same err
 A low-rank correction takes up what it can of W* - s Q by the same measure; codes for what it leaves and the correction
 of what those lose are then found in turn.
 
-Legend: N output features, K input features, M tokens, R rank of the correction.
+Legend: N output features, K input features, M tokens, R rank of the correction, T rows of all tries at a layer.
 """
 
 import torch
@@ -93,18 +93,15 @@ class Compensator:
     def _best_codes(self, target_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [N, K] as floats, columns in `order_K`, and scales [N]: the best of all starting scales, row by row."""
         base_N = least_squares(target_NK).scale_N.clamp(min=SMALLEST)
-        best_codes_NK, best_scale_N = torch.zeros_like(target_NK), base_N
-        best_error_N = torch.full_like(base_N, torch.inf)
-        for factor in SCALE_FACTORS:
-            codes_NK = self._round(target_NK, factor * base_N)
-            codes_NK, scale_N = self._descend(target_NK, codes_NK)
-            error_NK = target_NK - codes_NK * scale_N[:, None]
-            error_N = ((error_NK @ self.covariance_KK) * error_NK).sum(1)
-            better_N = error_N < best_error_N
-            best_codes_NK = torch.where(better_N[:, None], codes_NK, best_codes_NK)
-            best_scale_N = torch.where(better_N, scale_N, best_scale_N)
-            best_error_N = torch.where(better_N, error_N, best_error_N)
-        return best_codes_NK, best_scale_N
+        tries, rows = len(SCALE_FACTORS), len(base_N)
+        # All tries as rows of one matrix: a column of it is a few small kernels, whatever its height.
+        targets_TK = target_NK.repeat(tries, 1)
+        codes_TK = self._round(targets_TK, torch.cat([factor * base_N for factor in SCALE_FACTORS]))
+        codes_TK, scale_T = self._descend(targets_TK, codes_TK)
+        error_TK = targets_TK.sub_(codes_TK * scale_T[:, None])
+        error_T = ((error_TK @ self.covariance_KK) * error_TK).sum(1)
+        best_N = error_T.view(tries, rows).argmin(0) * rows + torch.arange(rows, device=error_T.device)
+        return codes_TK[best_N], scale_T[best_N]
 
     def _round(self, target_NK: Tensor, scale_N: Tensor) -> Tensor:
         """Error-compensated rounding at fixed scales, in blocks of columns."""

@@ -22,13 +22,14 @@ from bitflux_core.distill import Conditions
 from bitflux_core.distill_checkpoint import load_tensors, save_tensors
 from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_recipe import EndToEndSettings, Record
-from bitflux_core.distill_training import EndToEnd, finished, load_result
+from bitflux_core.distill_training import EndToEnd, Launch, finished, load_result
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding
 from bitflux_core.loading import load_transformer
 from bitflux_core.samples import Sampling
 
+GRAPH_BELOW = 1e9  # parameters: kernels of smaller models take less time than Python takes to launch them
 IMAGES = "images"
 REMEDY = "remove the folder and begin again"
 SCHEMA = pa.schema(
@@ -98,8 +99,10 @@ class EndToEndTask:
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
         places = (self.trained, self.held_out)
-        compiled = device.type == "cuda" and mesh is None
-        parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, compiled)
+        launch: Launch = "eager"
+        if device.type == "cuda" and mesh is None:
+            launch = "graph" if sum(p.numel() for p in teacher.parameters()) < GRAPH_BELOW else "compiled"
+        parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, launch)
         training = EndToEnd(*parts)
         drawn = self.held_out[: self.images]
         if not drawn:

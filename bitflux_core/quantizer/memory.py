@@ -8,7 +8,7 @@ from bitflux_core.layers import BLOCKS, block_linears
 
 FLOAT = 4
 MOMENT_MATRICES = 10  # K x K float32 at the peak: both moments, two covariances, and three factors in float64
-LAYER_MATRICES = 8  # N x K float32: target, codes, errors and slopes of one layer
+LAYER_MATRICES = 20  # N x K float32: target, codes, errors and slopes of one layer, of all tries at it together
 CORRECTION_MATRICES = 2  # more of them with corrections: what one leaves of the target, and the best codes so far
 BLOCKS_HELD = 3  # teacher, student, and the student as it was saved
 TRAINING_BYTES = 24  # a parameter: latent, gradient, two Adam moments, and the rounded copies of forward and backward

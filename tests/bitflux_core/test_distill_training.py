@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -51,14 +50,14 @@ def train(teacher, tmp_path):
     quantize_transformer(plain)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
 
-    def make(folder: str, held_out=(22, 23), rank=0, compiled=False, **changes) -> EndToEnd:
+    def make(folder: str, held_out=(22, 23), rank=0, launch="eager", **changes) -> EndToEnd:
         start = copy.deepcopy(plain)
         for name, layer in block_linears(start).items() if rank else ():
             layer.up, layer.down = best_low_rank(teacher.get_parameter(f"{name}.weight") - layer.dequantize(), rank)
         settings = replace(SETTINGS, **changes)
         trained = [place for place in range(PROMPTS) if place not in held_out]
         parts = (copy.deepcopy(teacher), start, scheduler, conditions, trained, held_out, settings, CPU)
-        return EndToEnd(*parts, tmp_path / folder, compiled=compiled)
+        return EndToEnd(*parts, tmp_path / folder, launch=launch)
 
     return make
 
@@ -77,11 +76,20 @@ def test_training_lowers_the_held_out_error_and_flips_codes(train, tmp_path, tea
 
 
 def test_compiled_steps_train_alike_and_go_on_from_a_checkpoint(train, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes minutes
+    kinds = []
+    compiled_by_inductor = torch.compile
+
+    def quickly(function, *, dynamic, options):
+        kinds.append(options)
+        return compiled_by_inductor(function, dynamic=dynamic, backend="aot_eager")  # inductor takes minutes
+
+    monkeypatch.setattr(torch, "compile", quickly)
     same = {"steps": 40, "int8_steps": 20, "interval": 20, "batch": 4, "latent_lr": 1e-2}
-    eager, compiled = train("a", **same).run(), train("b", compiled=True, **same).run()
+    eager, compiled = train("a", **same).run(), train("b", launch="compiled", **same).run()
     assert [record.held_out for record in compiled] == pytest.approx([r.held_out for r in eager], rel=0.02)
-    assert train("b", compiled=True, **same).records == compiled
+    assert train("b", launch="compiled", **same).records == compiled
+    assert kinds
+    assert all(options == {"deterministic": True} for options in kinds)  # else kernels are chosen by a stopwatch
 
 
 def test_the_result_draws_what_the_student_drew_at_its_best(train, tmp_path, teacher, monkeypatch):
