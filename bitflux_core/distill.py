@@ -40,11 +40,20 @@ class Conditions:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's own, with the weight in its input's dtype, as where the model draws: two dtypes have no fused kernel."""
+    """torch's own, with the weight in its input's dtype, as where the model draws; of two dtypes there is no kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's own, in its input's dtype, as where the model draws; autocast would make float32 of all behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class LatentTernaryLinear(nn.Module):
@@ -158,11 +167,11 @@ def make_student(
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
             weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
         student.set_submodule(name, LatentTernaryLinear(linear, weight, latent_dtype))
-    for name, norm in list(student.named_modules()):
+    for norm in student.modules():  # same parameters, other arithmetic
         if isinstance(norm, nn.RMSNorm):
-            student.set_submodule(
-                name, RMSNorm(norm.normalized_shape, norm.eps, norm.weight is not None, device="meta")
-            )
+            norm.__class__ = RMSNorm
+        elif isinstance(norm, nn.LayerNorm):
+            norm.__class__ = LayerNorm
     source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}

@@ -19,6 +19,7 @@ class EndToEndSettings:
         slots: trajectories under way, at least as many as a batch.
         held_out: prompts, of those given, that are not trained on.
         interval: steps between evaluations, each of which leaves a checkpoint.
+        compiled: on one GPU by torch.compile: faster for a large model, but no two runs give the same codes.
         patience: evaluations without a better one after which a phase (plain, then int8) ends early.
     """
 
@@ -37,6 +38,7 @@ class EndToEndSettings:
     held_out: int = 16
     interval: int = 250
     patience: int = 10
+    compiled: bool = False
     seed: int = 0
 
 

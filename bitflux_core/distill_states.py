@@ -72,10 +72,15 @@ class Rollouts:
         return {
             "hidden_states": self.latents_SLC[sent(slots, device)],
             "timestep": sent(self.sigmas[self.step_S[slots]], device),
-            "encoder_hidden_states": sent(self.conditions.prompt_embeds_PTD[prompt_B], device).float(),
-            "pooled_projections": sent(self.conditions.pooled_PD[prompt_B], device).float(),
+            "encoder_hidden_states": self._of_prompts(self.conditions.prompt_embeds_PTD, prompt_B),
+            "pooled_projections": self._of_prompts(self.conditions.pooled_PD, prompt_B),
             **self._same,
         }
+
+    def _of_prompts(self, conditions_P: Tensor, prompt_B: Tensor) -> Tensor:
+        if conditions_P.is_cuda:
+            return conditions_P[sent(prompt_B, self.device)].float()
+        return sent(conditions_P[prompt_B], self.device).float()
 
     def spread(self, velocity: Callable[[Inputs], Tensor]) -> None:
         """Walks slots that all stand at noise to steps spread evenly over the trajectory, at random.

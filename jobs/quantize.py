@@ -56,6 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="drawn at intervals while it trains (%(default)s)",
     )
+    add("--distill-compiled", action="store_true", help="faster by torch.compile, but no two runs give the same codes")
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (see below)")
@@ -202,6 +203,7 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         sampler_steps=profile.sampling.steps,
         guidance=profile.sampling.guidance,
         held_out=max(EndToEndSettings.held_out, batch // 8),  # seeing them takes no longer than a few steps
+        compiled=args.distill_compiled,
         seed=args.seed,
     )
     return settings, distill_prompts(profile, args)

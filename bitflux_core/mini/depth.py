@@ -64,7 +64,7 @@ def predicted_depth(model: DPTForDepthEstimation, images_BCHW: Tensor) -> Tensor
 
 def train_depth(model: DPTForDepthEstimation, *, steps: int, batch: int, device: torch.device, seed: int) -> float:
     """Trains `model` in place; returns the mean squared error (from 0, lying on the paper, to 1, lying on another)."""
-    specs, weights = training_prompts()
+    specs, weights = training_prompts(every_pair=True)
     weights = [
         weight * (HIDING if spec.relation in (IN_FRONT, INSIDE) else 1)
         for spec, weight in zip(specs, weights, strict=True)

@@ -16,10 +16,11 @@ from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
 from bitflux_core.mini.compositions import training_prompts
 from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
-from bitflux_core.mini.world import PALETTE, SHAPES, PromptSpec
+from bitflux_core.mini.world import HANGING, INSIDE, PALETTE, SHAPES, STANDING, TOUCHING, PromptSpec
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
+CONTACT = 6.0  # times as often as the training mix: scenes with a contact, which no other model judges
 GREY = 0.6  # GenEval's #999 outside the mask
 # GenEval's own wordings: the article is "a" before every color, "orange" included.
 CAPTIONS = ("a photo of a {color} {shape}", "a photo of a {color}-colored {shape}", "a photo of a {color} object")
@@ -40,7 +41,11 @@ def train_clip(
     seed: int,
 ) -> None:
     """Trains `model` in place; half of a batch are masked object crops, half are whole scenes, in pairs."""
-    specs, weights = training_prompts()
+    specs, weights = training_prompts(every_pair=True)
+    contacts = (TOUCHING, INSIDE, STANDING, HANGING)
+    weights = [
+        weight * (CONTACT if spec.relation in contacts else 1) for spec, weight in zip(specs, weights, strict=True)
+    ]
     table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
     captions = color_captions()
     tokens = tokenizer(captions + [spec.text for spec in specs]).to(device)

@@ -101,7 +101,8 @@ class EndToEndTask:
         places = (self.trained, self.held_out)
         launch: Launch = "eager"
         if device.type == "cuda" and mesh is None:
-            launch = "graph" if sum(p.numel() for p in teacher.parameters()) < GRAPH_BELOW else "compiled"
+            small = sum(parameter.numel() for parameter in teacher.parameters()) < GRAPH_BELOW
+            launch = "compiled" if self.settings.compiled else "graph" if small else "eager"
         parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, launch)
         training = EndToEnd(*parts)
         drawn = self.held_out[: self.images]

@@ -76,11 +76,9 @@ def test_training_lowers_the_held_out_error_and_flips_codes(train, tmp_path, tea
 
 
 def test_compiled_steps_train_alike_and_go_on_from_a_checkpoint(train, monkeypatch):
-    kinds = []
     compiled_by_inductor = torch.compile
 
-    def quickly(function, *, dynamic, options):
-        kinds.append(options)
+    def quickly(function, *, dynamic):
         return compiled_by_inductor(function, dynamic=dynamic, backend="aot_eager")  # inductor takes minutes
 
     monkeypatch.setattr(torch, "compile", quickly)
@@ -88,8 +86,6 @@ def test_compiled_steps_train_alike_and_go_on_from_a_checkpoint(train, monkeypat
     eager, compiled = train("a", **same).run(), train("b", launch="compiled", **same).run()
     assert [record.held_out for record in compiled] == pytest.approx([r.held_out for r in eager], rel=0.02)
     assert train("b", launch="compiled", **same).records == compiled
-    assert kinds
-    assert all(options == {"deterministic": True} for options in kinds)  # else kernels are chosen by a stopwatch
 
 
 def test_the_result_draws_what_the_student_drew_at_its_best(train, tmp_path, teacher, monkeypatch):
