@@ -85,8 +85,8 @@ def test_bad_options(refused, arguments, words):
 @pytest.mark.slow  # five runs on a Ray of their own
 @pytest.mark.timeout(1200)
 def test_the_self_test_passes_on_the_mini_flux(tmp_path, capsys):
-    small = ["--limit", "1", "--images-per-prompt", "1", "--replicas", "1"]
-    assert nightly_regression.main(["--self-test", *small, "--output", str(tmp_path), "--json"]) == 0
+    arguments = ["--self-test", "--limit", "1", "--images-per-prompt", "1", "--output", str(tmp_path), "--json"]
+    assert nightly_regression.main(arguments) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["nights"] == ["reference", "again", "damaged"]
     assert "caught: fidelity" in said["message"]
