@@ -133,4 +133,4 @@ def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
     stored = sum(file.stat().st_size for file in (tmp_path / "ternary").glob("*.safetensors"))
     command = [sys.executable, "-c", _LOADED, str(tmp_path / "ternary")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert stored < int(done.stdout) < 1.3 * stored, int(done.stdout) / stored
+    assert stored < int(done.stdout) < 1.4 * stored, int(done.stdout) / stored

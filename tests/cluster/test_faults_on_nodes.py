@@ -165,7 +165,7 @@ def test_a_poisoned_sample_alone_becomes_an_error(store, tmp_path, undisturbed, 
 def test_random_kills_and_lost_nodes_change_no_row(store, tmp_path, tmp_path_factory, nodes):
     """Every two or three seconds an actor that is there is killed, the text encoder and the evaluator among them; every
     fifth time a node goes instead, and another comes."""
-    seconds = 75
+    seconds = 30
     dice = random.Random(20241218)
     big = PROFILE.model_copy(update={"shard_seconds": 4.0})
     workload = small_workload(prompts_a_tag=60)

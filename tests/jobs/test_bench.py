@@ -217,7 +217,8 @@ def test_scaling_draws_through_the_scheduler(tmp_path):
     assert document["settings"]["tiny"]
 
 
-def test_what_scoring_costs_beside_drawing(capsys, tmp_path):
+def test_what_scoring_costs_beside_drawing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluators.benchmark.CALLS", 1)
     assert bench.main(["evaluators", "--tiny", "--drawing", "0.5", "--output", str(tmp_path)]) == 0
     assert "of drawing" in capsys.readouterr().out
     _, rows = files(tmp_path, "evaluators")

@@ -1,16 +1,20 @@
 """Every kernel compiled without a GPU for each supported compute capability: nothing spills, everything fits.
 
-A compilation is a process of its own, which runs this file: with `TRITON_INTERPRET` set there is nothing to compile.
+Processes of their own compile them and run this file: with `TRITON_INTERPRET` set there is nothing to compile.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,22 +181,91 @@ def output(*command: object) -> str:
     return done.stdout + done.stderr
 
 
+class Compiler:
+    """A process that runs `compiled` for one case after another."""
+
+    def __init__(self, folder: Path) -> None:
+        root = str(Path(__file__).parents[2])
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        self._said = folder / "stderr"
+        with self._said.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                cwd=folder,
+                env=environment | {"PYTHONPATH": root},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def ask(self, name: str, capability: int) -> dict[str, Any]:
+        """What `compiled` found, or an `error`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([name, capability]), file=self.process.stdin, flush=True)
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        return {"error": f"exit code {self.process.wait()}: {self._said.read_text()[-3000:]}"}
+
+
+@pytest.fixture(scope="module")
+def answers(request, tmp_path_factory) -> Iterator[dict[tuple[str, int], Future]]:
+    """What is found for each selected case. A core has one compiler, and another after a case that ended it."""
+    cases = [
+        (item.callspec.params["name"], item.callspec.params["capability"])
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    compilers: list[Compiler] = []
+    idle: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
+
+    def start() -> None:
+        compilers.append(Compiler(tmp_path_factory.mktemp("compiler")))
+        idle.put(compilers[-1])
+
+    def ask(case: tuple[str, int]) -> dict[str, Any]:
+        compiler = idle.get()
+        found = compiler.ask(*case)
+        if compiler.process.poll() is None:
+            idle.put(compiler)
+        else:
+            start()
+        return found
+
+    count = min(len(cases), os.cpu_count() or 1, 4)
+    for _ in range(count):
+        start()
+    with ThreadPoolExecutor(count) as pool:
+        yield {case: pool.submit(ask, case) for case in cases}
+        pool.shutdown(wait=False, cancel_futures=True)
+        for compiler in compilers:
+            compiler.process.kill()
+
+
 @pytest.mark.parametrize(
     ("name", "capability"),
     [pytest.param(*case, marks=[] if case == ("hopper int8", 90) else pytest.mark.slow) for case in CASES],
 )
-def test_kernel_fits_its_chip(name, capability, tmp_path):
-    root = str(Path(__file__).parents[2])
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
-    command = [sys.executable, __file__, name, str(capability)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    usage = json.loads(done.stdout.splitlines()[-1])
+def test_kernel_fits_its_chip(name, capability, answers):
+    usage = answers[name, capability].result()
+    assert "error" not in usage, usage["error"]
     assert usage["REG"] >= REGISTERS, usage
     assert usage["STACK"] <= STACK_BYTES, usage
     assert usage["shared"] <= SHARED_KIB[capability] * 1024, usage
     assert not usage["serialized"] or name not in HOPPER, usage
 
 
+def answer(question: str) -> dict[str, Any]:
+    try:
+        return compiled(*json.loads(question))
+    except Exception:
+        return {"error": traceback.format_exc()[-3000:]}
+
+
 if __name__ == "__main__":
-    print(json.dumps(compiled(sys.argv[1], int(sys.argv[2]))))
+    own_stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    for question in sys.stdin:
+        print(json.dumps(answer(question)), file=own_stdout, flush=True)
