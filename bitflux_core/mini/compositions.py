@@ -170,6 +170,29 @@ def kind_of(spec: PromptSpec) -> str:
     return "spatial" if spec.relation <= NEXT_TO else "action"
 
 
+def near_misses(spec: PromptSpec) -> list[PromptSpec]:
+    """Of a complex prompt with a contact, those that differ in one thing: another contact, or the adjectives of the two
+    objects in each other's place. Among prompts drawn at random hardly any two are that near.
+    """
+    here = next(words for words, contact in ACTIONS if contact == spec.relation)
+    one_word = kind_of(spec) == "spatialaction"  # two do not fit
+    others = [
+        replace(spec, text=spec.text.replace(f" {here} ", f" {words} "), relation=contact)
+        for words, contact in ACTIONS
+        if contact != spec.relation and not (one_word and " " in words)
+    ]
+    before, after = spec.text.split(f" {here} ")
+    first, second = SHAPES[spec.shapes[1]], SHAPES[spec.shapes[0]]
+    # "the red star is", "the dotted moon": adjectives stand between "the" and the noun.
+    of_first, tail = before.removeprefix("the ").split(first, 1)
+    of_second, end = after.removeprefix("the ").split(second, 1)
+    if of_first == of_second:
+        return others
+    colors, textures = ((part[1], part[0], *part[2:]) for part in (spec.colors, spec.textures))
+    text = f"the {of_second}{first}{tail} {here} the {of_first}{second}{end}"
+    return [*others, replace(spec, text=text, colors=colors, textures=textures)]
+
+
 def metadata(spec: PromptSpec) -> dict:
     """What the evaluator of T2I-CompBench needs to know of a prompt."""
     about: dict = {"category": spec.tag, "prompt": spec.text}

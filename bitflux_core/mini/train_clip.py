@@ -2,6 +2,8 @@
 
 Half of the whole scenes show the same shapes as the other half but not the same prompt, so that a batch holds what is
 nearly right: another relation, contact, attribute or number. Without them shapes and colours are all that is learnt.
+Where a contact is told, which only CLIP judges, the other half differs in nothing but that, or in whose attribute is
+whose: two complex prompts drawn at random differ in their attributes too, and are told apart by those.
 """
 
 import itertools
@@ -13,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitflux_core.mini.clip import IMAGE_SIZE, MEAN, STD
-from bitflux_core.mini.compositions import training_prompts
+from bitflux_core.mini.compositions import near_misses, training_prompts
 from bitflux_core.mini.render import PromptTable, Scenes, render, sample_scenes
 from bitflux_core.mini.train_detector import wear
 from bitflux_core.mini.world import HANGING, INSIDE, PALETTE, SHAPES, STANDING, TOUCHING, PromptSpec
 from bitflux_core.training import Progress, RunningMean, warmup_then_cosine
 
 LEARNING_RATE = 1e-3
-CONTACT = 6.0  # times as often as the training mix: scenes with a contact, which no other model judges
+CONTACTS = (TOUCHING, INSIDE, STANDING, HANGING)
+CONTACT = 6.0  # times as often as the training mix: whole scenes with a contact, which no other model judges
 GREY = 0.6  # GenEval's #999 outside the mask
 # GenEval's own wordings: the article is "a" before every color, "orange" included.
 CAPTIONS = ("a photo of a {color} {shape}", "a photo of a {color}-colored {shape}", "a photo of a {color} object")
@@ -42,11 +45,10 @@ def train_clip(
 ) -> None:
     """Trains `model` in place; half of a batch are masked object crops, half are whole scenes, in pairs."""
     specs, weights = training_prompts(every_pair=True)
-    contacts = (TOUCHING, INSIDE, STANDING, HANGING)
-    weights = [
-        weight * (CONTACT if spec.relation in contacts else 1) for spec, weight in zip(specs, weights, strict=True)
-    ]
-    table, probability = PromptTable.build(specs, device), torch.tensor(weights, device=device)
+    near = [one for spec in specs if spec.tag == "complex" and spec.relation in CONTACTS for one in near_misses(spec)]
+    specs, weights = [*specs, *near], torch.tensor([*weights, *(0.0 for _ in near)], device=device)
+    contact = torch.tensor([CONTACT if spec.relation in CONTACTS else 1.0 for spec in specs], device=device)
+    table = PromptTable.build(specs, device)
     captions = color_captions()
     tokens = tokenizer(captions + [spec.text for spec in specs]).to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -59,9 +61,9 @@ def train_clip(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
-        index = torch.multinomial(probability, batch, replacement=True, generator=generator)
-        paired = index[half:].chunk(2)[0]
-        index = torch.cat([index[:half], paired, siblings.of(paired, generator)])
+        cropped_from = torch.multinomial(weights, half, replacement=True, generator=generator)
+        paired = torch.multinomial(weights * contact, (batch - half) // 2, replacement=True, generator=generator)
+        index = torch.cat([cropped_from, paired, siblings.of(paired, generator)])
         scenes = sample_scenes(table, index, generator)
         crops = Scenes(*(part[:half] for part in vars(scenes).values()))
         crops.colors_BO = torch.randint(len(PALETTE), crops.colors_BO.shape, device=device, generator=generator)
@@ -81,11 +83,21 @@ def train_clip(
     model.eval()
 
 
+def common(spec: PromptSpec) -> tuple:
+    """What siblings share: the tag and the shapes; where they touch also which is which (without it "a star is standing
+    on a ring" would be told from "a ring is hanging below a star", which is the same), and the attributes, unassigned.
+    """
+    if spec.relation not in CONTACTS:
+        return spec.tag, tuple(sorted(set(spec.shapes)))
+    attributes = tuple(sorted(spec.colors)), tuple(sorted(spec.textures))
+    return spec.tag, spec.shapes, attributes, spec.third
+
+
 class Siblings:
-    """Prompts of the same tag about the same shapes."""
+    """Prompts with as much in common as `common` says."""
 
     def __init__(self, specs: Sequence[PromptSpec], device: torch.device):
-        keys = [(spec.tag, tuple(sorted(set(spec.shapes)))) for spec in specs]
+        keys = [common(spec) for spec in specs]
         order = sorted(range(len(specs)), key=keys.__getitem__)
         self.order = torch.tensor(order, device=device)
         self.first, self.count, self.place = (torch.zeros_like(self.order) for _ in range(3))
