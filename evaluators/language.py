@@ -276,7 +276,11 @@ def _adjective_or_noun(tokens: list[_Token], index: int, inside: bool) -> str:
 def _could_be_named(tokens: list[_Token], index: int, inside: bool) -> bool:
     """Whether a word can be, or lead to, the noun that an adjective before it names a property of."""
     guess = tokens[index].guess
-    return guess in _NOMINAL_GUESSES or (inside and guess in ("VERB", "ING", "ED") and index + 1 < len(tokens))
+    if guess in _NOMINAL_GUESSES:
+        return True
+    # "a red painted chair", not "a square painted by a child"
+    after = tokens[index + 1].guess if index + 1 < len(tokens) else None
+    return inside and guess in ("VERB", "ING", "ED") and after not in (None, "ADP", "DET")
 
 
 def _chunk_end(tokens: list[_Token], start: int) -> int | None:

@@ -46,7 +46,8 @@ def train_clip(
     """Trains `model` in place; half of a batch are masked object crops, half are whole scenes, in pairs."""
     specs, weights = training_prompts(every_pair=True)
     near = [one for spec in specs if spec.tag == "complex" and spec.relation in CONTACTS for one in near_misses(spec)]
-    specs, weights = [*specs, *near], torch.tensor([*weights, *(0.0 for _ in near)], device=device)
+    specs = [*specs, *near]
+    probability = torch.tensor([*weights, *(0.0 for _ in near)], device=device)
     contact = torch.tensor([CONTACT if spec.relation in CONTACTS else 1.0 for spec in specs], device=device)
     table = PromptTable.build(specs, device)
     captions = color_captions()
@@ -61,8 +62,10 @@ def train_clip(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warmup_then_cosine(step, steps)
-        cropped_from = torch.multinomial(weights, half, replacement=True, generator=generator)
-        paired = torch.multinomial(weights * contact, (batch - half) // 2, replacement=True, generator=generator)
+        cropped_from = torch.multinomial(probability, half, replacement=True, generator=generator)
+        paired = torch.multinomial(
+            probability * contact, (batch - half + 1) // 2, replacement=True, generator=generator
+        )
         index = torch.cat([cropped_from, paired, siblings.of(paired, generator)])
         scenes = sample_scenes(table, index, generator)
         crops = Scenes(*(part[:half] for part in vars(scenes).values()))

@@ -1,7 +1,8 @@
 """Places: T2I-CompBench's 2D-spatial and 3D-spatial rules, on the boxes of a detector and a depth map.
 
 Modes: `compatible` keeps upstream's rules, quirks included, on detectors that find what they are asked for by name;
-`corrected` repairs two quirks: "on top of" has no rule upstream, and its depth map is read with x and y swapped.
+`corrected` repairs three quirks: "on top of" has no rule upstream, its depth map is read with x and y swapped, and
+boxes keep the image's proportions where the depth map is a square that the image was stretched to.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from evaluators.base import Box, DepthEstimator, Detection, Language, PromptedDetector
 from evaluators.compbench.judgment import Judgment
-from evaluators.compbench.objects import as_detail, first_and_last_noun, framed, iou, person_or
+from evaluators.compbench.objects import as_detail, first_and_last_noun, frame_scale, framed, iou, person_or
 
 Mode = Literal["compatible", "corrected"]
 Direction = Literal["near", "left", "right", "top", "bottom"]
@@ -97,11 +98,18 @@ def depth_score(first: Box, second: Box, nearness: float) -> float:
     return shared / DEPTH_OVERLAP if 0 < shared < DEPTH_OVERLAP else 0.0
 
 
-def mean_depth(depth_HW: np.ndarray, box: Box, mode: Mode) -> float:
-    """Mean of a depth map inside a box of the frame; 0 where the box holds no pixel of it."""
+def mean_depth(depth_HW: np.ndarray, box: Box, mode: Mode, image_size: tuple[int, int]) -> float:
+    """Mean of a depth map inside a box of the frame; 0 where the box holds no pixel of it.
+
+    `image_size` is the image's (height, width): `corrected` scales the frame's sides to the depth map's each by itself.
+    """
     height, width = depth_HW.shape
-    x1, x2 = (int(edge * width / DEPTH_SIDE) for edge in (box[0], box[2]))
-    y1, y2 = (int(edge * height / DEPTH_SIDE) for edge in (box[1], box[3]))
+    frame_width = frame_height = float(DEPTH_SIDE)
+    if mode == "corrected":
+        x_scale, y_scale = frame_scale(*image_size)
+        frame_height, frame_width = image_size[0] * y_scale, image_size[1] * x_scale
+    x1, x2 = (int(edge * width / frame_width) for edge in (box[0], box[2]))
+    y1, y2 = (int(edge * height / frame_height) for edge in (box[1], box[3]))
     part = depth_HW[y1:y2, x1:x2] if mode == "corrected" else depth_HW[x1:x2, y1:y2]
     return float(part.mean()) if part.size else 0.0
 
@@ -200,20 +208,28 @@ class DepthJudge:
         depths = self.depth.depth(chosen) if asked else []
         judgments = [Judgment(0.0) for _ in images]
         for index, pair, detections, depth_HW in zip(asked, wanted, found, depths, strict=True):
-            kept = framed(detections, *images[index].shape[:2])
-            judgments[index] = judge_depth(kept, depth_HW, pair, prompts[index], self.mode)
+            size = images[index].shape[:2]
+            kept = framed(detections, *size)
+            judgments[index] = judge_depth(kept, depth_HW, pair, prompts[index], self.mode, size)
         return judgments
 
 
 def judge_depth(
-    detections: Sequence[Detection], depth_HW: np.ndarray, pair: tuple[str, str], prompt: str, mode: Mode
+    detections: Sequence[Detection],
+    depth_HW: np.ndarray,
+    pair: tuple[str, str],
+    prompt: str,
+    mode: Mode,
+    image_size: tuple[int, int],
 ) -> Judgment:
-    """The 3D rule on detections in the frame, best first, and a depth map, larger = nearer."""
+    """The 3D rule on detections in the frame of an image of (height, width), best first, and a depth map, larger =
+    nearer.
+    """
     first, second = scanned(detections, *pair)
     position = 0.0
     details = [as_detail("first", pair[0], first), as_detail("second", pair[1], second)]
     if first and second:
-        near_first, near_second = (mean_depth(depth_HW, one.box, mode) for one in (first, second))
+        near_first, near_second = (mean_depth(depth_HW, one.box, mode, image_size) for one in (first, second))
         nearness = _nearness(prompt, near_first - near_second)
         position = depth_score(first.box, second.box, nearness)
         details.append({"depths": [round(near_first, 1), round(near_second, 1)], "position": round(position, 4)})

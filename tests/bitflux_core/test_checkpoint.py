@@ -126,11 +126,11 @@ print(1024 * (kilobytes("VmHWM") - before))
 
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
-    """FLUX.1-dev's single blocks, four in place of 38, with smaller shards."""
-    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 4, "guidance_embeds": True})
+    """FLUX.1-dev's single blocks, ten in place of 38, with smaller shards: with fewer, the process's own memory counts."""
+    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 10, "guidance_embeds": True})
     transformer = random_transformer("ternary", sizes, torch.device("cpu"))
     save_ternary(transformer, tmp_path / "ternary", {}, method="random", max_shard_size="10MB")
     stored = sum(file.stat().st_size for file in (tmp_path / "ternary").glob("*.safetensors"))
     command = [sys.executable, "-c", _LOADED, str(tmp_path / "ternary")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert stored < int(done.stdout) < 1.4 * stored, int(done.stdout) / stored
+    assert stored < int(done.stdout) < 1.3 * stored, int(done.stdout) / stored

@@ -136,6 +136,8 @@ def test_a_complex_prompt_is_judged_by_its_own_prepositions(image, words):
 
 # Depth.
 
+FRAME = (479, 479)  # an image that is its own frame
+
 
 def half_near(near_first=True, side=480):
     """A depth map whose left half is near."""
@@ -157,14 +159,24 @@ def test_the_depth_map_is_read_with_x_and_y_swapped_unless_corrected():
     depth = np.zeros((480, 480), np.uint8)
     depth[100:200, 300:400] = 255  # y, x
     box = (300.0, 100.0, 400.0, 200.0)
-    assert (mean_depth(depth, box, "corrected"), mean_depth(depth, box, "compatible")) == (255, 0)
-    assert (mean_depth(depth, (100.0, 300.0, 200.0, 400.0), "compatible")) == 255
+    assert (mean_depth(depth, box, "corrected", FRAME), mean_depth(depth, box, "compatible", FRAME)) == (255, 0)
+    assert (mean_depth(depth, (100.0, 300.0, 200.0, 400.0), "compatible", FRAME)) == 255
 
 
 def test_a_smaller_depth_map_is_read_at_its_own_scale():
     box = (0.0, 0.0, 240.0, 240.0)
-    assert mean_depth(half_near(side=120), box, "corrected") == 200
-    assert mean_depth(half_near(), (5.0, 5.0, 5.4, 5.4), "corrected") == 0  # no pixel
+    assert mean_depth(half_near(side=120), box, "corrected", FRAME) == 200
+    assert mean_depth(half_near(), (5.0, 5.0, 5.4, 5.4), "corrected", FRAME) == 0  # no pixel
+
+
+def test_boxes_of_an_oblong_image_are_read_where_the_square_depth_map_shows_them():
+    # 200 x 400 pixels have a frame of 240 x 480; the lower right quarter of it is that of the square map.
+    depth = np.zeros((480, 480), np.uint8)
+    depth[240:, 240:] = 200
+    box = (240.0, 120.0, 480.0, 240.0)
+    assert mean_depth(depth, box, "corrected", (200, 400)) == 200
+    assert mean_depth(depth, box, "compatible", (200, 400)) == 0  # rows 240 to 480, columns 120 to 240
+    assert mean_depth(depth, (120.0, 240.0, 240.0, 480.0), "corrected", (400, 200)) == 200
 
 
 def overlapping():
@@ -186,14 +198,16 @@ def overlapping():
 def test_depth_and_overlap_make_the_score(prompt, near_first, score):
     """No cut at a half here: two objects found alone keep their quarter each."""
     depth = half_near(near_first)
-    judgment = judge_depth(list(overlapping()), depth, ("cat", "dog"), prompt, "corrected")
+    judgment = judge_depth(list(overlapping()), depth, ("cat", "dog"), prompt, "corrected", FRAME)
     assert judgment.score == pytest.approx(score)
 
 
 def test_equal_depths_hold_for_neither():
     flat = np.full((480, 480), 7, np.uint8)
     for prompt in ("a cat in front of a dog", "a cat behind a dog"):
-        assert judge_depth(list(overlapping()), flat, ("cat", "dog"), prompt, "corrected").score == pytest.approx(0.4)
+        assert judge_depth(
+            list(overlapping()), flat, ("cat", "dog"), prompt, "corrected", FRAME
+        ).score == pytest.approx(0.4)
 
 
 def test_the_scan_overwrites_until_both_are_found():
