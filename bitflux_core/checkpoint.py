@@ -79,6 +79,9 @@ def save_ternary(
     if rank := correction_rank(transformer):
         header["low_rank"] = rank
     write_card(transformer, directory, header)
+    mode = (directory / "README.md").stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)  # safetensors leaves them to their owner alone, and a job's other pods could not read them
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": header}, indent=2) + "\n")
 
 

@@ -190,8 +190,7 @@ class EndToEnd:
 
     def _train_step(self) -> None:
         settings = self.settings
-        if self._set_activations(self.phase) and self._replayed:
-            self._replayed.forget()
+        self._set_activations(self.phase)
         factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
         slots = self.rollouts.part_of(self.step)
         self.gradients.zero()
@@ -265,12 +264,12 @@ class EndToEnd:
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
-    def _set_activations(self, phase: str) -> bool:
-        """True where that is a change."""
-        changes = any(layer.int8_activations != (phase == "int8") for layer in self._layers)
+    def _set_activations(self, phase: str) -> None:
+        int8 = phase == "int8"
+        if self._replayed and any(layer.int8_activations != int8 for layer in self._layers):
+            self._replayed.forget()
         for layer in self._layers:
-            layer.int8_activations = phase == "int8"
-        return changes
+            layer.int8_activations = int8
 
     def _begin_phase(self, began: float) -> None:
         """Other activations, other errors: what the phase starts from is the first to be its best."""

@@ -47,6 +47,7 @@ def test_what_was_saved_comes_back(transformer, tmp_path, dtype, codes):
     save_ternary(transformer, tmp_path / "ternary", {"source": "a test"}, method="least_squares", codes=codes)
     loaded = load_ternary(tmp_path / "ternary", dtype=dtype, device="cpu", activations="int8", execution="reference")
 
+    assert len({file.stat().st_mode for file in (tmp_path / "ternary").iterdir()}) == 1  # whoever reads one reads all
     saved = transformer.state_dict()
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == (saved[name].dtype if name.endswith((".packed", ".scale")) else dtype)
@@ -126,7 +127,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 
 @pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path):
-    """FLUX.1-dev's single blocks, ten in place of 38, with smaller shards: with fewer, the process's own memory counts."""
+    """FLUX.1-dev's single blocks, ten in place of 38, in small shards: with fewer the process's own memory counts."""
     sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 10, "guidance_embeds": True})
     transformer = random_transformer("ternary", sizes, torch.device("cpu"))
     save_ternary(transformer, tmp_path / "ternary", {}, method="random", max_shard_size="10MB")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -214,6 +215,29 @@ def test_int8_is_simulated_in_the_last_phase_only(train):
         assert len({layer.int8_activations for layer in layers}) == 1
         seen.append((step, layers[0].int8_activations))
     assert seen == [(step, step >= 4) for step in range(6)]
+
+
+def test_a_captured_step_is_forgotten_where_the_phase_changes(train):
+    run = train("a")
+
+    class Captured:
+        """Does what the capturing call did, as a CUDA graph would."""
+
+        captured: bool | None = None
+        used: ClassVar[list[tuple[int, bool]]] = []
+
+        def forget(self):
+            self.captured = None
+
+        def __call__(self, inputs):
+            if self.captured is None:
+                self.captured = run._layers[0].int8_activations
+            self.used.append((run.step, self.captured))
+            return run._forward_backward(inputs)
+
+    run._replayed = Captured()
+    run.run()
+    assert Captured.used == [(step, step >= 4) for step in range(6)]
 
 
 def test_features_pull_on_the_blocks(train):

@@ -100,6 +100,8 @@ def test_complex_prompts_of_two_objects_lose_their_adjectives(upstream):
         ("a green bench and a blue bowl", "a green bench|a blue bowl"),
         ("a red orange and a brown sheep", "a red orange|a brown sheep"),
         ("an orange cup", "an orange cup"),
+        ("a square hidden by a heart", "a square|a heart"),
+        ("a square painted box", "a square painted box"),
         ("a red apple on top of the table", "a red apple|top|the table"),
         ("The white and yellow clock with a red roof reads 11:44.", "The white and yellow clock|a red roof"),
         (
