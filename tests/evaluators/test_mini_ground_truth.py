@@ -14,7 +14,8 @@ from evaluators.registry import build_evaluator
 from jobs.validity import misjudged, rendered
 
 ROLES = {"vqa": "vqa", "named_detector": "detector", "depth": "depth", "clip_score": "clip"}
-# Of each category of T2I-CompBench, the shares that may be judged wrong: of right scenes, of wrong ones. The goal is 1 %.
+# Of each category of T2I-CompBench, the shares that may be judged wrong: of right scenes, and of wrong ones. The goal
+# is 1 %.
 WRONG_AT_MOST = {
     "color": (0.02, 0.02),
     "shape": (0.05, 0.02),
