@@ -64,11 +64,14 @@ def memory_plan(
     gpus: int = 1,
     low_rank: int = 0,
     dtype: torch.dtype,
+    latent_dtype: torch.dtype = torch.bfloat16,
+    recomputed: bool = True,
 ) -> MemoryPlan:
     """An estimate from shapes alone; `empty` may lie on the meta device.
 
     `batch` images on each GPU, `tokens` of text and image each, `features` blocks whose outputs are compared, the
-    teacher in `dtype`, corrections of `low_rank` beside the latents.
+    teacher in `dtype`, corrections of `low_rank` beside the latents. Blocks that are not `recomputed` keep what their
+    backward pass needs.
     """
     blocks = [block for kind in BLOCKS for block in getattr(empty, kind)]
     layers = list(block_linears(empty).values())
@@ -81,15 +84,20 @@ def memory_plan(
     if gpus > 1:  # teacher's or student's blocks, and the student's gradients in bfloat16 and float32
         gathered = GATHERED_BLOCKS * largest_block * BF16 + largest_block * (BF16 + FLOAT)
     corrections = sum(low_rank * (layer.in_features + layer.out_features) for layer in layers)
+    keeping = 1 if recomputed else len(blocks)
     others = every - sum(sizes) + scales + corrections
     return MemoryPlan(
-        building=every * dtype.itemsize + sum(sizes) * BF16 + others * FLOAT + max(sizes) * STEP_BYTES + RESERVE,
+        building=every * dtype.itemsize
+        + sum(sizes) * latent_dtype.itemsize
+        + others * FLOAT
+        + max(sizes) * STEP_BYTES
+        + RESERVE,
         teacher=every * dtype.itemsize // gpus,
-        latents=sum(sizes) * BF16 // gpus,
+        latents=sum(sizes) * latent_dtype.itemsize // gpus,
         others=others * OTHERS_BYTES,
         moments=sum(layer.in_features + layer.out_features for layer in layers) * FLOAT,
         block_inputs=(len(blocks) + 2 * features) * passing,
-        block=largest_block * BF16 + (SAVED_WIDTHS + GRADIENT_WIDTHS) * passing,
+        block=largest_block * BF16 + (SAVED_WIDTHS * keeping + GRADIENT_WIDTHS) * passing,
         gradients=max(sizes) * STEP_BYTES,
         gathered=gathered,
     )

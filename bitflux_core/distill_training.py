@@ -1,7 +1,8 @@
 """End-to-end self-distillation at any size: a ternary student of 11.9 billion parameters trains on one 80 GB GPU.
 
-Latent weights are bfloat16 and step inside the backward pass (distill_optimizer.py); every block is computed again in
-it; the teacher stays beside the student, in its own dtype. distill_memory.py gives the arithmetic.
+Latent weights are bfloat16, or float32 where there is room, and step inside the backward pass
+(distill_optimizer.py); every block is computed again in it; the teacher stays beside the student, in its own dtype.
+distill_memory.py gives the arithmetic.
 """
 
 import math
@@ -81,7 +82,7 @@ class EndToEnd:
         if settings.batch % self.ranks:
             raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")
         self.start = start
-        self.student = make_student(teacher, start, latent_dtype=torch.bfloat16)
+        self.student = make_student(teacher, start, latent_dtype=getattr(torch, settings.latents))
         if launch != "graph":
             # No layer draws random numbers.
             again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)

@@ -75,7 +75,7 @@ class Recipe(_Declaration):
     """How jobs/quantize.py makes the ternary weights where its command line says nothing else.
 
     Numbers of calibration prompts, of training steps for each block and end to end, and of the latter's images a step
-    and prompts; None: the profile's batch_size, and all prompts there are.
+    and prompts; None: the profile's batch_size, and all prompts there are. The type of its latent weights.
     """
 
     calibration_prompts: PositiveInt = 64
@@ -83,6 +83,7 @@ class Recipe(_Declaration):
     distill_steps: NonNegativeInt = 0
     distill_batch: PositiveInt | None = None
     distill_prompts: PositiveInt | None = None
+    distill_latents: Literal["bfloat16", "float32"] | None = None
 
 
 class Profile(_Declaration):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 INITS = ("compensated", "least-squares", "absmean")
 CODES = ("trits", "planes")
+LATENTS = ("bfloat16", "float32")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="drawn at intervals while it trains (%(default)s)",
     )
+    add("--distill-latents", choices=LATENTS, help="their type: float32 takes more memory and is finer (bfloat16)")
     add("--distill-compiled", action="store_true", help="faster by torch.compile, but no two runs give the same codes")
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
@@ -203,6 +205,7 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         sampler_steps=profile.sampling.steps,
         guidance=profile.sampling.guidance,
         held_out=max(EndToEndSettings.held_out, batch // 8),  # seeing them takes no longer than a few steps
+        latents=args.distill_latents or EndToEndSettings.latents,
         compiled=args.distill_compiled,
         seed=args.seed,
     )

@@ -99,10 +99,7 @@ class EndToEndTask:
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
         places = (self.trained, self.held_out)
-        launch: Launch = "eager"
-        if device.type == "cuda" and mesh is None:
-            small = sum(parameter.numel() for parameter in teacher.parameters()) < GRAPH_BELOW
-            launch = "compiled" if self.settings.compiled else "graph" if small else "eager"
+        launch = self._launch(teacher, device)
         parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, launch)
         training = EndToEnd(*parts)
         drawn = self.held_out[: self.images]
@@ -130,14 +127,17 @@ class EndToEndTask:
             raise UserError(
                 f"batches of {self.settings.batch} images on {self.gpus} GPUs: take a multiple of {self.gpus}"
             )
+        empty = empty_transformer(self._config())
         plan = memory_plan(
-            empty_transformer(self._config()),
+            empty,
             batch=self.settings.batch // self.gpus,
             tokens=tokens,
             features=self.settings.features,
             gpus=self.gpus,
             low_rank=self.low_rank,
             dtype=torch.bfloat16,
+            latent_dtype=getattr(torch, self.settings.latents),
+            recomputed=self._launch(empty, device) != "graph",
         )
         check_memory(plan, device)
 
@@ -147,6 +147,13 @@ class EndToEndTask:
         if records is None:
             raise UserError(f"the training in {self._training} has not ended: run the same command again")
         return load_result(self._config(), self._training), records
+
+    def _launch(self, transformer: FluxTransformer2DModel, device: torch.device) -> Launch:
+        if device.type != "cuda" or self.gpus > 1:
+            return "eager"
+        if self.settings.compiled:
+            return "compiled"
+        return "graph" if sum(parameter.numel() for parameter in transformer.parameters()) < GRAPH_BELOW else "eager"
 
     @property
     def _start(self) -> Path:

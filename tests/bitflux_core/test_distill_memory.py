@@ -41,6 +41,17 @@ def test_corrections_are_trained_in_float32(flux_dev):
     assert corrected.step - plain.step == corrected.others - plain.others
 
 
+def test_latents_in_float32_take_twice_as_much(flux_dev):
+    half, whole = plan_of(flux_dev), plan_of(flux_dev, latent_dtype=torch.float32)
+    assert whole.latents == 2 * half.latents
+    assert whole.building - half.building == whole.step - half.step == half.latents
+
+
+def test_blocks_that_are_not_computed_again_are_kept(flux_dev):
+    again, kept = plan_of(flux_dev), plan_of(flux_dev, recomputed=False)
+    assert kept.step - again.step == 56 * SAVED_WIDTHS * TOKENS * 3072 * 2
+
+
 def test_several_gpus_share_teacher_and_latents(flux_dev):
     one, four = plan_of(flux_dev), plan_of(flux_dev, gpus=4)
     assert four.teacher == one.teacher // 4

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -124,9 +125,12 @@ def test_latents_are_bfloat16_and_their_gradients_never_stay(train):
     assert all(not torch.equal(before[name], p) for name, p in run.latents.items())
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("latents", ["bfloat16", "float32"])
+def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch, latents):
+    train = partial(train, latents=latents)
     whole = train("whole")
     whole.run()
+    assert {str(p.dtype) for p in whole.latents.values()} == {f"torch.{latents}"}
 
     broken = train("broken")
     monkeypatch.setattr(broken, "held_out_error", iter([0.6, 0.5]).__next__)  # killed in its second interval
