@@ -22,7 +22,7 @@ from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, block_linears
 
 FLOAT, BF16 = 4, 2
-OTHERS_BYTES = 16  # a parameter that is no latent: itself, its gradient, two moments
+ADAM_BYTES = 16  # a parameter: itself, its gradient, two moments, all in float32
 STEP_BYTES = 16  # an element of the layer whose latents step: bfloat16 and float32 gradients, update, random bits
 SAVED_WIDTHS = 30  # bfloat16 numbers a token and channel that a block keeps for its backward pass
 GRADIENT_WIDTHS = 26  # and that are alive beside them while it runs; 12 of them in flash attention's ordered sums
@@ -64,14 +64,14 @@ def memory_plan(
     gpus: int = 1,
     low_rank: int = 0,
     dtype: torch.dtype,
-    latent_dtype: torch.dtype = torch.bfloat16,
+    by_adam: bool = False,
     recomputed: bool = True,
 ) -> MemoryPlan:
     """An estimate from shapes alone; `empty` may lie on the meta device.
 
     `batch` images on each GPU, `tokens` of text and image each, `features` blocks whose outputs are compared, the
-    teacher in `dtype`, corrections of `low_rank` beside the latents. Blocks that are not `recomputed` keep what their
-    backward pass needs.
+    teacher in `dtype`, corrections of `low_rank` beside the latents, which AdamW keeps in float32 if `by_adam`. Blocks
+    that are not `recomputed` keep what their backward pass needs.
     """
     blocks = [block for kind in BLOCKS for block in getattr(empty, kind)]
     layers = list(block_linears(empty).values())
@@ -88,14 +88,14 @@ def memory_plan(
     others = every - sum(sizes) + scales + corrections
     return MemoryPlan(
         building=every * dtype.itemsize
-        + sum(sizes) * latent_dtype.itemsize
+        + sum(sizes) * (FLOAT if by_adam else BF16)
         + others * FLOAT
         + max(sizes) * STEP_BYTES
         + RESERVE,
         teacher=every * dtype.itemsize // gpus,
-        latents=sum(sizes) * latent_dtype.itemsize // gpus,
-        others=others * OTHERS_BYTES,
-        moments=sum(layer.in_features + layer.out_features for layer in layers) * FLOAT,
+        latents=sum(sizes) * (ADAM_BYTES if by_adam else BF16) // gpus,
+        others=others * ADAM_BYTES,
+        moments=0 if by_adam else sum(layer.in_features + layer.out_features for layer in layers) * FLOAT,
         block_inputs=(len(blocks) + 2 * features) * passing,
         block=largest_block * BF16 + (SAVED_WIDTHS * keeping + GRADIENT_WIDTHS) * passing,
         gradients=max(sizes) * STEP_BYTES,

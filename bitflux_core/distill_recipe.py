@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Optimizer = Literal["factored", "adam"]
+
 
 @dataclass(frozen=True)
 class EndToEndSettings:
@@ -20,10 +22,14 @@ class EndToEndSettings:
         slots: trajectories under way, at least as many as a batch.
         held_out: prompts, of those given, that are not trained on.
         interval: steps between evaluations, each of which leaves a checkpoint.
-        latents: their type. In bfloat16 they fit 80 GB beside FLUX.1-dev's teacher, but their rounding is noise; in
-            float32 they take 24 GB more.
+        weighted: errors count at each of the sampler's steps as much as they move the final image, which is measured at
+            the start: see distill_sensitivity.py.
+        optimizer: of the latents. `factored`: bfloat16 latents that fit 80 GB beside FLUX.1-dev's teacher, see
+            distill_optimizer.py. `adam`: float32 latents by AdamW, as all else; 16 bytes each, on one GPU, and better
+            codes in the same time.
         compiled: on one GPU by torch.compile: faster for a large model, but no two runs give the same codes.
-        patience: evaluations without a better one after which a phase (plain, then int8) ends early.
+        patience: evaluations without a better one after which a phase (plain, then int8) ends early, once rates have
+            fallen to half: before, their noise hides what is gained.
     """
 
     steps: int
@@ -41,7 +47,8 @@ class EndToEndSettings:
     held_out: int = 16
     interval: int = 250
     patience: int = 10
-    latents: Literal["bfloat16", "float32"] = "bfloat16"
+    weighted: bool = True
+    optimizer: Optimizer = "factored"
     compiled: bool = False
     seed: int = 0
 
@@ -58,7 +65,7 @@ class Record:
         step: steps made.
         phase: "native" or "int8", the activations that the student sees.
         loss: mean over the steps since the last record; None where a phase begins.
-        held_out: mean relative velocity error on the held-out states.
+        held_out: mean relative velocity error on the held-out states, weighted as the loss is.
         codes_flipped: share of the codes that differ from the start.
         seconds: of training so far, evaluations included, interruptions left out.
     """

@@ -1,8 +1,8 @@
 """End-to-end self-distillation at any size: a ternary student of 11.9 billion parameters trains on one 80 GB GPU.
 
-Latent weights are bfloat16, or float32 where there is room, and step inside the backward pass
-(distill_optimizer.py); every block is computed again in it; the teacher stays beside the student, in its own dtype.
-distill_memory.py gives the arithmetic.
+Latent weights are bfloat16 and step inside the backward pass (distill_optimizer.py), or float32 and AdamW's where there
+is room; every block is computed again in it; the teacher stays beside the student, in its own dtype. distill_memory.py
+gives the arithmetic.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from bitflux_core.distill_checkpoint import (
 from bitflux_core.distill_features import BlockOutputs, spread_names, state_errors
 from bitflux_core.distill_optimizer import FactoredInBackward, seed_of
 from bitflux_core.distill_recipe import EndToEndSettings, Record
+from bitflux_core.distill_sensitivity import error_weights
 from bitflux_core.distill_shards import local, local_rows, shard, whole_of, whole_rows
 from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
@@ -47,6 +48,7 @@ Launch = Literal["eager", "compiled", "graph"]
 RESULT = "best.safetensors"
 NEAR_BYTES = 1 << 30  # conditions smaller than this lie on the GPU; FLUX.1-dev's are 30 GB
 WARMUP_SHARE = 20  # of the steps, one in so many
+WEIGHED_ON = 4  # trajectories, or a batch of them, that say how much each of the sampler's steps counts
 _REST = "rest"  # the checkpoint's part with all but latents
 
 
@@ -57,7 +59,7 @@ class EndToEnd:
     where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
     and keeps its rows of teacher and latents. A step whose `launch` is a graph keeps
     what its backward pass needs, where others compute it again; it pays where models are so small that Python is slower
-    than the GPU. UserError for a batch that the ranks cannot share and for a damaged checkpoint.
+    than the GPU. UserError for a batch that the ranks cannot share, for AdamW on several and for a damaged checkpoint.
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class EndToEnd:
         self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         if settings.batch % self.ranks:
             raise UserError(f"batches of {settings.batch} images on {self.ranks} GPUs: take a multiple of {self.ranks}")
+        by_adam = settings.optimizer == "adam"
+        if by_adam and mesh:
+            raise UserError("AdamW trains on one GPU: take the factored optimizer on several")
         self.start = start
-        self.student = make_student(teacher, start, latent_dtype=getattr(torch, settings.latents))
+        self.student = make_student(teacher, start, latent_dtype=torch.float32 if by_adam else torch.bfloat16)
         if launch != "graph":
             # No layer draws random numbers.
             again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)
@@ -100,13 +105,19 @@ class EndToEnd:
         self._layers = [layer for layer in self.student.modules() if isinstance(layer, LatentTernaryLinear)]
         self.latents = {name: p for name, p in named.items() if name.endswith(".latent")}
         self.others = {name: p for name, p in named.items() if name not in self.latents}
-        self.factored = FactoredInBackward(self.latents, settings.seed)
         scales = [p for name, p in self.others.items() if name.endswith(".log_scale")]
         rest_of_others = [p for name, p in self.others.items() if not name.endswith(".log_scale")]
-        self.gradients = FlatGradients([*scales, *rest_of_others])
-        self.rates = (settings.scale_lr, settings.other_lr)
-        groups = [{"params": p, "lr": rate} for p, rate in zip((scales, rest_of_others), self.rates, strict=True)]
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        groups: list[dict[str, Any]] = [
+            {"params": scales, "peak": settings.scale_lr},
+            {"params": rest_of_others, "peak": settings.other_lr},
+        ]
+        self.factored: FactoredInBackward | None = None
+        if by_adam:
+            groups.append({"params": list(self.latents.values()), "peak": settings.latent_lr})
+        else:
+            self.factored = FactoredInBackward(self.latents, settings.seed)
+        self.gradients = FlatGradients(parameter for group in groups for parameter in group["params"])
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
         self.step = 0
         self.waited = 0  # evaluations since the best one
@@ -145,14 +156,29 @@ class EndToEnd:
             ranks=self.ranks,
             **common,
         )
+        self._sigmas_K = sigmas[:-1].to(device)
+        self.weights_K = torch.ones_like(self._sigmas_K)  # of the errors at each of the sampler's steps
         checkpoint = latest_checkpoint(folder)
         if checkpoint:
             self._restore(checkpoint)
         else:
+            if settings.weighted:
+                starts = Rollouts(
+                    conditions,
+                    trained,
+                    sigmas,
+                    settings.guidance,
+                    slots=-(-WEIGHED_ON // share) * share,
+                    batch=share,
+                    seed=seed_of(settings.seed, 3),
+                    **common,
+                )
+                at_noise = (starts.inputs(starts.part_of(step)) for step in range(len(starts.step_S) // share))
+                self.weights_K.copy_(error_weights(at_noise, sigmas, self._teach, self._predict))
             self.rollouts.spread(self._teach)
         self._replayed: Replayed | None = None
         if launch == "graph":
-            self._replayed = Replayed(self._forward_backward, self.factored.generator)
+            self._replayed = Replayed(self._forward_backward, self.factored.generator if self.factored else None)
         elif launch == "compiled":
             for model in (self.teacher, self.student):
                 for block in (model.get_submodule(name) for name in self.blocks):
@@ -192,16 +218,17 @@ class EndToEnd:
     def _train_step(self) -> None:
         settings = self.settings
         self._set_activations(self.phase)
-        factor = warmup_then_cosine(self.step, settings.steps, max(1, settings.steps // WARMUP_SHARE))
+        factor = self._rate_factor()
         slots = self.rollouts.part_of(self.step)
         self.gradients.zero()
-        self.factored.begin(self.step, settings.latent_lr * factor)
+        if self.factored:
+            self.factored.begin(self.step, settings.latent_lr * factor)
         run = self._replayed or self._forward_backward
         target_BLC, velocity_BLC, loss = run(self.rollouts.inputs(slots))
         self.gradients.average_over_ranks(self.ranks)
         self.gradients.clip(1.0)
-        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * factor
         self.adam.step()
         self._losses += loss
         self._losses_added += 1
@@ -209,17 +236,21 @@ class EndToEnd:
         self.rollouts.advance(slots, target_BLC, velocity_BLC, own)
         self.step += 1
 
+    def _rate_factor(self) -> float:
+        steps = self.settings.steps
+        return warmup_then_cosine(self.step, steps, max(1, steps // WARMUP_SHARE))
+
     def _forward_backward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's velocity, the student's, and the loss; gradients are added up, and latents have stepped."""
+        """The teacher's velocity, the student's, and the loss; gradients are added up, and factored latents stepped."""
         with self._theirs.kept():
             target_BLC = self._teach(inputs)
         with self._mine.kept():
             velocity_BLC = self._predict(inputs)
-        loss = state_errors(velocity_BLC, target_BLC).mean()
+        errors_B = state_errors(velocity_BLC, target_BLC)
         if self._mine.outputs:
             pairs = list(zip(self._mine.outputs, self._theirs.outputs, strict=True))
-            errors = sum(state_errors(*pair).mean() for pair in pairs) / len(pairs)
-            loss = loss + self.settings.feature_weight * errors
+            errors_B = errors_B + self.settings.feature_weight * sum(state_errors(*pair) for pair in pairs) / len(pairs)
+        loss = (self._weights_of(inputs) * errors_B).mean()
         self._theirs.drop()
         self._mine.drop()
         loss.backward()
@@ -227,9 +258,12 @@ class EndToEnd:
 
     @torch.no_grad()
     def held_out_error(self) -> float:
-        """Mean relative velocity error on the held-out states, as the student is in this phase."""
+        """Mean relative velocity error on the held-out states, weighted as in training, as the student is now."""
         with torch.compiler.set_stance("force_eager"):  # for these batches nothing was compiled
-            errors = [state_errors(self._predict(inputs), self._teach(inputs)) for inputs in self.held_out]
+            errors = [
+                self._weights_of(inputs) * state_errors(self._predict(inputs), self._teach(inputs))
+                for inputs in self.held_out
+            ]
         return torch.cat(errors).mean().item()
 
     @torch.no_grad()
@@ -245,6 +279,10 @@ class EndToEnd:
         if self.ranks > 1:
             dist.all_reduce(flipped)
         return flipped.item() / count
+
+    def _weights_of(self, inputs: Inputs) -> Tensor:
+        """[B], by the step of the sampler at which each state stands."""
+        return ((inputs["timestep"][:, None] == self._sigmas_K) * self.weights_K).sum(1)
 
     def _teach(self, inputs: Inputs) -> Tensor:
         """The teacher's velocity, in its own dtype's arithmetic, as it draws."""
@@ -289,7 +327,7 @@ class EndToEnd:
         self._record(self.begun, loss.item() / self.ranks, began)
         self._losses.zero_()
         self._losses_added = 0
-        self.waited += 1
+        self.waited += self._rate_factor() <= 0.5
         if self.records[-1].held_out < self.best:
             self.best, self.waited = self.records[-1].held_out, 0
             self._save_best()
@@ -350,12 +388,14 @@ class EndToEnd:
             part = {}
             for name in (name for name in self.latents if name.startswith(f"{block}.")):
                 part[name] = whole_of(self.latents[name].detach()).cpu()
-                part[f"{name}.row"] = whole_rows(self.factored.rows[name], self.latents[name]).cpu()
-                part[f"{name}.column"] = self.factored.columns[name].cpu()
+                if self.factored:
+                    part[f"{name}.row"] = whole_rows(self.factored.rows[name], self.latents[name]).cpu()
+                    part[f"{name}.column"] = self.factored.columns[name].cpu()
             yield block, part
         rest = {name: p.detach().cpu() for name, p in self.others.items()}
         for index, moments in self.adam.state_dict()["state"].items():
             rest |= {f"adam.{index}.{key}": tensor.cpu() for key, tensor in moments.items()}
+        rest["weights"] = self.weights_K.cpu()
         rest |= {f"rollouts.{key}": tensor for key, tensor in self.rollouts.tensors().items()}
         yield _REST, rest
 
@@ -367,11 +407,13 @@ class EndToEnd:
                 for name in (name for name in self.latents if name.startswith(f"{block}.")):
                     rows = local_rows(self.latents[name])
                     local(self.latents[name]).copy_(part[name][rows])
-                    self.factored.rows[name].copy_(part[f"{name}.row"][rows])
-                    self.factored.columns[name].copy_(part[f"{name}.column"])
+                    if self.factored:
+                        self.factored.rows[name].copy_(part[f"{name}.row"][rows])
+                        self.factored.columns[name].copy_(part[f"{name}.column"])
             rest = checkpoint.part(_REST)
             for name, parameter in self.others.items():
                 parameter.copy_(rest[name])
+            self.weights_K.copy_(rest["weights"])
             moments: dict[int, dict[str, Tensor]] = {}
             for key in (key for key in rest if key.startswith("adam.")):
                 _, index, moment = key.split(".")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from bitflux_core.distill_recipe import Optimizer
 from bitflux_core.errors import UserError
 from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 from cluster.manifests import MANIFESTS, MOST_IMAGES, describe, find_manifest, read_manifest
@@ -75,7 +76,8 @@ class Recipe(_Declaration):
     """How jobs/quantize.py makes the ternary weights where its command line says nothing else.
 
     Numbers of calibration prompts, of training steps for each block and end to end, and of the latter's images a step
-    and prompts; None: the profile's batch_size, and all prompts there are. The type of its latent weights.
+    and prompts; None: the profile's batch_size, and all prompts there are. The optimizer and learning rate of its
+    latent weights: see bitflux_core/distill_recipe.py.
     """
 
     calibration_prompts: PositiveInt = 64
@@ -83,7 +85,8 @@ class Recipe(_Declaration):
     distill_steps: NonNegativeInt = 0
     distill_batch: PositiveInt | None = None
     distill_prompts: PositiveInt | None = None
-    distill_latents: Literal["bfloat16", "float32"] | None = None
+    distill_optimizer: Optimizer | None = None
+    distill_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class Profile(_Declaration):

@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ablate(args: argparse.Namespace) -> int:
     import torch
 
+    from bitflux_core.distill_recipe import EndToEndSettings
     from bitflux_core.files import write_json
     from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
     from bitflux_core.quantizer.quantize import QuantizeSettings
@@ -74,7 +75,8 @@ def _ablate(args: argparse.Namespace) -> int:
         seed=args.seed,
         distill_prompts=distill_prompts(profile, args),
     )
-    budget = TrainingBudget(args.reconstruction_steps, args.steps, args.batch)
+    optimizer = profile.quantize.distill_optimizer or EndToEndSettings.optimizer
+    budget = TrainingBudget(args.reconstruction_steps, args.steps, args.batch, optimizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ablation = Ablation(models["pipeline"], args.output / "work", settings, budget, device)
     recipe = {**ablation.recipe, "limit": args.limit, "images_per_prompt": args.images_per_prompt}

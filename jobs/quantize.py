@@ -11,6 +11,7 @@ python jobs/quantize.py --profile flux-dev --distill-steps 10000        and then
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 INITS = ("compensated", "least-squares", "absmean")
 CODES = ("trits", "planes")
-LATENTS = ("bfloat16", "float32")
+OPTIMIZERS = ("factored", "adam")
+EVALUATIONS = 40  # of a training end to end, at most
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="drawn at intervals while it trains (%(default)s)",
     )
-    add("--distill-latents", choices=LATENTS, help="their type: float32 takes more memory and is finer (bfloat16)")
+    add("--distill-optimizer", choices=OPTIMIZERS, help="adam takes 16 bytes a weight, and is better (factored)")
+    add("--distill-rate", type=rate, metavar="R", help="learning rate of latent weights, in scales (0.005)")
     add("--distill-compiled", action="store_true", help="faster by torch.compile, but no two runs give the same codes")
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
@@ -72,6 +75,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def natural(text: str) -> int:
     """A whole number of at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def rate(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +219,9 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         sampler_steps=profile.sampling.steps,
         guidance=profile.sampling.guidance,
         held_out=max(EndToEndSettings.held_out, batch // 8),  # seeing them takes no longer than a few steps
-        latents=args.distill_latents or EndToEndSettings.latents,
+        interval=max(EndToEndSettings.interval, args.distill_steps // EVALUATIONS),
+        optimizer=args.distill_optimizer or EndToEndSettings.optimizer,
+        latent_lr=args.distill_rate or EndToEndSettings.latent_lr,
         compiled=args.distill_compiled,
         seed=args.seed,
     )

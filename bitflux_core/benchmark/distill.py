@@ -20,7 +20,8 @@ from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import Conditions
 from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_recipe import RECIPE
-from bitflux_core.distill_training import EndToEnd
+from bitflux_core.distill_sensitivity import velocities_weighing
+from bitflux_core.distill_training import WEIGHED_ON, EndToEnd
 from bitflux_core.samples import PIXELS_PER_TOKEN
 
 WARM_UP, STEPS = 2, 5
@@ -111,10 +112,11 @@ def _measure(
 
 
 def recipe_hours(*, step_s: float, int8_step_s: float, held_out_s: float, save_s: float, **_: object) -> float:
-    """Hours of the recipe: its steps, and evaluations with a checkpoint each; no early stop."""
+    """Hours of the recipe: its steps, evaluations with a checkpoint each, and what weighs the errors; no early stop."""
     steps = (RECIPE.steps - RECIPE.int8_steps) * step_s + RECIPE.int8_steps * int8_step_s
     pauses = RECIPE.steps // RECIPE.interval * (RECIPE.held_out * held_out_s + save_s)
-    return (steps + pauses) / 3600
+    weighing = WEIGHED_ON * velocities_weighing(RECIPE.sampler_steps) * held_out_s / 2
+    return (steps + pauses + weighing) / 3600
 
 
 def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path, mesh: DeviceMesh | None) -> EndToEnd:
@@ -127,7 +129,7 @@ def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path,
         torch.randn(PROMPTS, teacher.config.pooled_projection_dim, dtype=DTYPE),
         FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32),
     )
-    settings = replace(RECIPE, batch=row.batch, slots=row.batch, sampler_steps=SAMPLER_STEPS)
+    settings = replace(RECIPE, batch=row.batch, slots=row.batch, sampler_steps=SAMPLER_STEPS, weighted=False)
     scheduler = FlowMatchEulerDiscreteScheduler(**sizes.scheduler)
     return EndToEnd(
         teacher,

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from bitflux_core.accounting import BF16_BYTES, SCALE_BYTES
-from bitflux_core.distill_recipe import EndToEndSettings
+from bitflux_core.distill_recipe import EndToEndSettings, Optimizer
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.loading import load_transformer
@@ -30,8 +30,8 @@ OWN_STATES = 0.5
 
 @dataclass(frozen=True)
 class Variant:
-    """One row. `distilled` trains end to end on velocity; `group` puts a scale on every so many columns of a row;
-    `low_rank` corrects every ternary layer.
+    """One row. `distilled` trains end to end on velocity, errors `weighted` by what they do to the image; `group` puts
+    a scale on every so many columns of a row; `low_rank` corrects every ternary layer.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Variant:
     low_rank: int = 0
     reconstructed: bool = False
     distilled: bool = False
+    weighted: bool = False
     own_states: float = 0.0
     int8_in_training: bool = False
     activations: Activations = "native"
@@ -56,11 +57,13 @@ VARIANTS = (
     Variant(f"+ compensation with a correction of rank {RANK}", low_rank=RANK),
     Variant("+ block-wise", reconstructed=True),
     Variant("+ end to end", reconstructed=True, distilled=True),
-    Variant("+ own-state rollouts", reconstructed=True, distilled=True, own_states=OWN_STATES),
+    Variant("+ weighted noise levels", reconstructed=True, distilled=True, weighted=True),
+    Variant("+ own-state rollouts", reconstructed=True, distilled=True, weighted=True, own_states=OWN_STATES),
     Variant(
         "+ own-state rollouts drawn in int8",
         reconstructed=True,
         distilled=True,
+        weighted=True,
         own_states=OWN_STATES,
         activations="int8",
     ),
@@ -68,6 +71,7 @@ VARIANTS = (
         "+ int8 in the loop drawn in int8",
         reconstructed=True,
         distilled=True,
+        weighted=True,
         own_states=OWN_STATES,
         int8_in_training=True,
         activations="int8",
@@ -77,11 +81,12 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """Of the trained rows: steps a block, steps end to end, and states at once in these."""
+    """Of the trained rows: steps a block, steps end to end, and of these the states at once and the optimizer."""
 
     reconstruction_steps: int
     distill_steps: int
     batch: int
+    optimizer: Optimizer
 
 
 class Ablation:
@@ -160,10 +165,13 @@ class Ablation:
             sampler_steps=self.settings.sampling.steps,
             guidance=self.settings.sampling.guidance,
             own_states=variant.own_states,
+            weighted=variant.weighted,
+            optimizer=self.budget.optimizer,
             seed=self.settings.seed,
         )
         prompts = split_prompts(self.settings.distill_prompts, how.held_out, how.seed)
-        folder = self.directory.absolute() / f"end-to-end-own-{how.own_states}-int8-{how.int8_steps}"
+        name = f"end-to-end-own-{how.own_states}-int8-{how.int8_steps}{'-weighted' if how.weighted else ''}"
+        folder = self.directory.absolute() / name
         parts = (how, self.settings.sampling, prompts.trained, prompts.held_out)
         task = EndToEndTask(self.pipeline_dir.absolute(), folder, *parts)
         if not task.prepared:

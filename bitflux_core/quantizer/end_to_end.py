@@ -136,7 +136,7 @@ class EndToEndTask:
             gpus=self.gpus,
             low_rank=self.low_rank,
             dtype=torch.bfloat16,
-            latent_dtype=getattr(torch, self.settings.latents),
+            by_adam=self.settings.optimizer == "adam",
             recomputed=self._launch(empty, device) != "graph",
         )
         check_memory(plan, device)

@@ -41,10 +41,12 @@ def test_corrections_are_trained_in_float32(flux_dev):
     assert corrected.step - plain.step == corrected.others - plain.others
 
 
-def test_latents_in_float32_take_twice_as_much(flux_dev):
-    half, whole = plan_of(flux_dev), plan_of(flux_dev, latent_dtype=torch.float32)
-    assert whole.latents == 2 * half.latents
-    assert whole.building - half.building == whole.step - half.step == half.latents
+def test_adamw_takes_sixteen_bytes_a_latent(flux_dev):
+    factored, adam = plan_of(flux_dev), plan_of(flux_dev, by_adam=True)
+    assert adam.latents == 8 * factored.latents
+    assert adam.moments == 0
+    assert adam.building - factored.building == factored.latents
+    assert adam.step - factored.step == 7 * factored.latents - factored.moments
 
 
 def test_blocks_that_are_not_computed_again_are_kept(flux_dev):

@@ -13,6 +13,7 @@ from torch import nn
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear
 from bitflux_core.distill_checkpoint import latest_checkpoint
+from bitflux_core.distill_features import state_errors
 from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_result
 from bitflux_core.errors import UserError
@@ -125,12 +126,14 @@ def test_latents_are_bfloat16_and_their_gradients_never_stay(train):
     assert all(not torch.equal(before[name], p) for name, p in run.latents.items())
 
 
-@pytest.mark.parametrize("latents", ["bfloat16", "float32"])
-def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch, latents):
-    train = partial(train, latents=latents)
+@pytest.mark.parametrize(("optimizer", "dtype"), [("factored", torch.bfloat16), ("adam", torch.float32)])
+def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch, optimizer, dtype):
+    train = partial(train, optimizer=optimizer)
     whole = train("whole")
+    before = {name: p.detach().clone() for name, p in whole.latents.items()}
     whole.run()
-    assert {str(p.dtype) for p in whole.latents.values()} == {f"torch.{latents}"}
+    assert {p.dtype for p in whole.latents.values()} == {dtype}
+    assert all(not torch.equal(before[name], p) for name, p in whole.latents.items())
 
     broken = train("broken")
     monkeypatch.setattr(broken, "held_out_error", iter([0.6, 0.5]).__next__)  # killed in its second interval
@@ -199,6 +202,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path):
 
 def test_a_phase_that_gains_nothing_ends_early_and_the_best_weights_stay(train, tmp_path, monkeypatch):
     run = train("a", steps=40, int8_steps=10, patience=2)
+    monkeypatch.setattr(run, "_rate_factor", lambda: 0.5)
     kept = []
     monkeypatch.setattr(run, "_save_best", lambda: kept.append(run.step))
     errors = iter([0.9, 0.5, 0.4, 0.6, 0.4, 0.7, 0.65, 0.8, 0.9])
@@ -208,6 +212,14 @@ def test_a_phase_that_gains_nothing_ends_early_and_the_best_weights_stay(train, 
     assert [record.phase for record in records] == ["native"] * 5 + ["int8"] * 4
     assert kept == [0, 2, 4, 30, 32]
     assert finished(tmp_path / "a", 40) is not None
+
+
+def test_nothing_is_given_up_while_rates_are_high(train, monkeypatch):
+    run = train("a", steps=16, int8_steps=0, patience=2)
+    monkeypatch.setattr(run, "held_out_error", iter([0.5] + [0.6] * 8).__next__)
+    records = run.run()
+    assert [record.step for record in records] == [0, 2, 4, 6, 8, 10, 12]  # the rate is at half after the ninth
+    assert run.step == 16
 
 
 def test_int8_is_simulated_in_the_last_phase_only(train):
@@ -242,6 +254,20 @@ def test_a_captured_step_is_forgotten_where_the_phase_changes(train):
     run._replayed = Captured()
     run.run()
     assert Captured.used == [(step, step >= 4) for step in range(6)]
+
+
+def test_errors_count_by_the_step_at_which_a_state_stands(train):
+    run, alike = train("a", features=0, own_states=0.0), train("b", features=0, own_states=0.0, weighted=False)
+    assert alike.weights_K.tolist() == [1] * 4
+    assert run.weights_K.mean().item() == pytest.approx(1)
+    assert run.weights_K.max() > 1.2 * run.weights_K.min()
+    inputs = run.rollouts.inputs(run.rollouts.part_of(0))
+    error_B = state_errors(run._predict(inputs), run._teach(inputs)).detach()
+    weight_B = run.weights_K[run.rollouts.step_S[run.rollouts.part_of(0)]]
+    run.train_step()
+    assert run._losses.item() == pytest.approx((weight_B * error_B).mean().item(), rel=1e-5)
+    alike.train_step()
+    assert alike._losses.item() == pytest.approx(error_B.mean().item(), rel=1e-5)
 
 
 def test_features_pull_on_the_blocks(train):

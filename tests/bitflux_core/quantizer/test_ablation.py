@@ -12,7 +12,7 @@ from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
 
-BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=4, batch=4)
+BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=4, batch=4, optimizer="factored")
 DISTILLED = tuple(
     f"a photo of {count} {shape}"
     for count in ("a", "two", "three", "four", "five")
