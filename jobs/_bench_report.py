@@ -141,6 +141,15 @@ _DISTILL = (
     Column("s a checkpoint", "save_s", ".1f"),
     Column("hours in all", "recipe_hours", ".1f"),
 )
+_LOADING = (
+    Column("transformer", "mode"),
+    Column("codes", "codes", what=lambda row: row.codes or "-"),
+    Column("stored GB", "stored_gb", ".2f"),
+    Column("s from storage", "from_storage_s", ".2f"),
+    Column("s from cache", "from_cache_s", ".2f"),
+    Column("faster", "faster", ".2f"),
+    Column("host peak GB", "host_peak_gb", ".2f"),
+)
 _EVALUATORS = (
     Column("benchmark", "benchmark"),
     Column("category", "category"),
@@ -188,6 +197,8 @@ def name_of(row: Any) -> str:
         return f"{row.benchmark} {row.category}"
     if hasattr(row, "recipe_hours"):
         return f"{row.gpus} GPUs, batch {row.batch}"
+    if hasattr(row, "from_cache_s"):
+        return f"{row.mode}, {row.codes}" if row.codes else row.mode
     if hasattr(row, "gpus"):
         return f"{row.mode}, {row.gpus} GPUs"
     return f"{row.mode}, {row.placement}, {row.steps} steps" if hasattr(row, "placement") else str(row.mode)
@@ -220,6 +231,7 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         "tune": (_TUNED, "block sizes"),
         "scaling": (_SCALING, "drawing on several GPUs"),
         "distill": (_DISTILL, "training end to end; GB of each GPU"),
+        "loading": (_LOADING, "from files to the device; the last columns from the page cache"),
         "evaluators": (_EVALUATORS, "scoring; images of a whole evaluation of one variant"),
     }[result.section]
     baseline = getattr(rows[0], "baseline", None)

@@ -1,4 +1,4 @@
-"""Measures what ternary weights save (products, steps, images, a small GPU's images), what scheduling and scoring cost.
+"""Measures what ternary weights save (products, steps, images, loading), what scheduling, scoring and training cost.
 
 Weights are random and of FLUX.1-dev's dimensions, so nothing is downloaded; the scheduler's replicas only wait. Only
 ratios within one run compare: GPUs of one kind differ. Exit code 0: measured (a model that does not fit in memory, or a
@@ -56,6 +56,8 @@ def parse(argv: list[str] | None) -> Namespace:
     distill.add_argument("--eager", action="store_true", help="without torch.compile")
     distill.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
     distill.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
+    loading = sections.add_parser("loading", help="seconds and host memory from a checkpoint's files to the device")
+    loading.add_argument("--tiny", action="store_true", help="tiny models, without a GPU too: a smoke run")
     tune = sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
     scheduler = sections.add_parser(
         "scheduler", help="what scheduling costs, and Ray Data beside it; no GPU, 5 minutes"
@@ -68,7 +70,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     scoring.add_argument("--drawing", type=_seconds, metavar="S", help="seconds of drawing an image, to compare with")
     scoring.add_argument("--tiny", action="store_true", help="tiny models, without a GPU too: a smoke run")
-    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill, scoring):
+    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill, loading, scoring):
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -203,6 +205,14 @@ def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
     return _watched(measured()), {**settings, "recipe_steps": distill.RECIPE.steps}
 
 
+def _loading(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    from bitflux_core.benchmark import loading, models
+
+    sizes = models.TINY if args.tiny else models.FLUX_DEV
+    measured = _watched(loading.measure_loading(sizes, device, args.output))
+    return measured, {"loads_from_cache": loading.CACHED_LOADS, "tiny": args.tiny}
+
+
 def _evaluators(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
     from evaluators import benchmark, random_models
     from evaluators.language import language
@@ -223,6 +233,7 @@ SECTIONS = {
     "scheduler": _scheduler,
     "scaling": _scaling,
     "distill": _distill,
+    "loading": _loading,
     "evaluators": _evaluators,
 }
 

@@ -52,7 +52,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_pat
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("section", ["kernels", "transformer", "images", "small-gpu", "distill", "evaluators"])
+@pytest.mark.parametrize(
+    "section", ["kernels", "transformer", "images", "small-gpu", "distill", "loading", "evaluators"]
+)
 def test_a_section_says_that_it_needs_a_gpu(section, capsys, tmp_path):
     assert bench.main([section, "--output", str(tmp_path / "bench")]) == 2
     error = capsys.readouterr().err
@@ -266,3 +268,26 @@ def test_training_on_ranks_that_share_the_model(tmp_path):
     assert (row["gpus"], row["batch"], row["error"]) == (2, 2, None)
     assert row["step_s"] > 0
     assert row["save_s"] > 0
+
+
+def test_loading_is_measured_and_leaves_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitflux_core.benchmark.loading.CASES", (("bf16", None), ("ternary", "trits")))
+    assert bench.main(["loading", "--tiny", "--output", str(tmp_path)]) == 0
+    assert "trits" in capsys.readouterr().out
+    document, (dense, trits) = files(tmp_path, "loading")
+    assert document["settings"]["tiny"]
+    assert [(row["mode"], row["codes"]) for row in (dense, trits)] == [("bf16", None), ("ternary", "trits")]
+    assert all(min(row["from_storage_s"], row["from_cache_s"], row["host_peak_gb"]) > 0 for row in (dense, trits))
+    assert trits["stored_gb"] < dense["stored_gb"]
+    assert trits["faster"] == pytest.approx(dense["from_cache_s"] / trits["from_cache_s"])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".parquet"}
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_its_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitflux_core.benchmark.loading.CASES", (("ternary", "trits"),))
+    monkeypatch.setattr("bitflux_core.benchmark.loading._drop_from_cache", lambda file: file.write_bytes(b"no"))
+    assert bench.main(["loading", "--tiny", "--output", str(tmp_path)]) == 3
+    (row,) = files(tmp_path, "loading")[1]
+    assert row["error"].startswith("UserError")
+    assert "truncated or damaged" in row["error"]
+    assert row["from_cache_s"] is None
