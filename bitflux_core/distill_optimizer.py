@@ -6,13 +6,14 @@ nearest bfloat16, where most of them vanish, and cannot take its moments over th
 Legend: N rows, K columns of a weight; with several GPUs N counts the rows of this rank's shard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bitflux_core.distill import codes_of
 from bitflux_core.distill_shards import local, over_ranks
 
 BETA2_DECAY = -0.8  # at step t the second moments keep 1 - t^-0.8 of themselves
@@ -34,7 +35,8 @@ class FactoredInBackward:
         self.rank = dist.get_rank() if isinstance(any_latent, DTensor) else 0
         self.generator = torch.Generator(device)  # of all latents, which step in the same order each time
         # What changes from step to step lies on the device, where a CUDA graph of the backward pass reads it.
-        self._rate, self._forget = torch.zeros((), device=device), torch.ones((), device=device)
+        self._rate, self._dampening = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._forget = torch.ones((), device=device)
         self.rows: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
         for name, latent in latents.items():
@@ -46,12 +48,13 @@ class FactoredInBackward:
                 lambda latent, name=name: self._step(latent, name)  # type: ignore[misc]
             )
 
-    def begin(self, step: int, rate: float) -> None:
-        """The coming backward makes the step of this number, from 0, at this learning rate.
+    def begin(self, step: int, rate: float, dampening: float = 0.0) -> None:
+        """The coming backward makes the step of this number, from 0, at this learning rate, and `dampen`s the latents.
 
         Its random numbers follow from its number, the seed and the rank, so that there is no state of them to save.
         """
         self._rate.fill_(rate)
+        self._dampening.fill_(dampening)
         self._forget.fill_(float(step + 1) ** BETA2_DECAY)
         self.generator.manual_seed(seed_of(self.seed, step, self.rank))
 
@@ -72,7 +75,20 @@ class FactoredInBackward:
         del gradient
         rms = (over_ranks(latent, update_NK.square().sum()) / latent.numel()).sqrt()
         update_NK.mul_(-self._rate / (rms / MOST_RMS).clamp(min=1.0)).add_(latent_NK)
+        update_NK.lerp_(codes_of(update_NK), self._dampening)
         latent_NK.copy_(stochastic_round(update_NK, latent_NK.dtype, self.generator))
+
+
+@torch.no_grad()
+def dampen(latents: Sequence[Tensor], share: float) -> None:
+    """Moves each of `latents` this share of its way to the code that it rounds to.
+
+    Where the best weight lies between two codes, the gradient drives its latent to the threshold from both sides, and
+    the code flips at every other step; with a fifth of the latents there, all others learn in that noise. A pull that
+    grows settles them one by one, while the others still adapt (Nagel et al. 2022, "Overcoming Oscillations in
+    Quantization-Aware Training", the dampening loss).
+    """
+    torch._foreach_lerp_(list(latents), [codes_of(latent) for latent in latents], share)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

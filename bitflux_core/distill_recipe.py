@@ -15,6 +15,7 @@ class EndToEndSettings:
         batch: images a step, on all GPUs together.
         sampler_steps, guidance: how the teacher draws.
         latent_lr: latents are in units of their row's scale, so one rate fits every layer.
+        dampening: pull of latents to their codes at the end, in learning rates; it grows from none, see `dampen`.
         scale_lr, other_lr: of log scales, and of biases, norms and what lies outside the blocks.
         features: blocks, spread over the depth, whose outputs are compared with the teacher's.
         feature_weight: of their mean relative error in the loss, beside the velocity's.
@@ -37,7 +38,8 @@ class EndToEndSettings:
     batch: int
     sampler_steps: int
     guidance: float
-    latent_lr: float = 5e-3
+    latent_lr: float = 1e-2
+    dampening: float = 0.5
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
     features: int = 4

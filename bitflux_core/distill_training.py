@@ -30,7 +30,7 @@ from bitflux_core.distill_checkpoint import (
     save_tensors,
 )
 from bitflux_core.distill_features import BlockOutputs, spread_names, state_errors
-from bitflux_core.distill_optimizer import FactoredInBackward, seed_of
+from bitflux_core.distill_optimizer import FactoredInBackward, dampen, seed_of
 from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.distill_sensitivity import error_weights
 from bitflux_core.distill_shards import local, local_rows, shard, whole_of, whole_rows
@@ -38,7 +38,14 @@ from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
 from bitflux_core.layers import BLOCKS, empty_ternary_linears
 from bitflux_core.linear import TernaryLinear
-from bitflux_core.training import FlatGradients, Replayed, deterministic, use_fast_math, warmup_then_cosine
+from bitflux_core.training import (
+    FlatGradients,
+    Replayed,
+    deterministic,
+    rising_cosine,
+    use_fast_math,
+    warmup_then_cosine,
+)
 from kernels.packing import pack_planes, unpack_planes
 
 # How a step's kernels are launched: one by one, by torch.compile's code block by block, or all by one CUDA graph.
@@ -219,10 +226,12 @@ class EndToEnd:
         settings = self.settings
         self._set_activations(self.phase)
         factor = self._rate_factor()
+        latent_lr = settings.latent_lr * factor
+        dampening = latent_lr * settings.dampening * rising_cosine(self.step, settings.steps)
         slots = self.rollouts.part_of(self.step)
         self.gradients.zero()
         if self.factored:
-            self.factored.begin(self.step, settings.latent_lr * factor)
+            self.factored.begin(self.step, latent_lr, dampening)
         run = self._replayed or self._forward_backward
         target_BLC, velocity_BLC, loss = run(self.rollouts.inputs(slots))
         self.gradients.average_over_ranks(self.ranks)
@@ -230,6 +239,8 @@ class EndToEnd:
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * factor
         self.adam.step()
+        if not self.factored:
+            dampen(list(self.latents.values()), dampening)
         self._losses += loss
         self._losses_added += 1
         own = settings.own_states * min(1.0, 3 * self.step / settings.steps)

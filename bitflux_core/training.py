@@ -61,6 +61,11 @@ def warmup_then_cosine(step: int, steps: int, warmup: int = 100) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def rising_cosine(step: int, steps: int) -> float:
+    """From 0 to 1 over the training, by half a cosine."""
+    return 0.5 * (1 - math.cos(math.pi * step / steps))
+
+
 class FlatGradients:
     """All gradients of `parameters` as views of one float32 tensor: one memset, one all-reduce, one norm."""
 

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from bitflux_core.distill import LatentTernaryLinear, relative_error
+from bitflux_core.distill_optimizer import dampen
 from bitflux_core.quantizer.blocks import Stream
 from bitflux_core.ternary import TernaryWeight
-from bitflux_core.training import deterministic, warmup_then_cosine
+from bitflux_core.training import deterministic, rising_cosine, warmup_then_cosine
 
 LOG_LINES = 5  # a block
 
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """Steps a block, each on one calibration batch. Latent weights are in units of their row's scale."""
+    """Steps a block, each on one calibration batch. Latent weights are in units of their row's scale; `dampening` is
+    their pull to their codes at the end, in learning rates.
+    """
 
     steps: int
     latent_lr: float = 5e-3
+    dampening: float = 0.5
     scale_lr: float = 5e-4
     other_lr: float = 2e-4
     seed: int = 0
@@ -65,8 +69,9 @@ def reconstruct(
     generator = torch.Generator().manual_seed(settings.seed)
     warmup = max(1, settings.steps // 20)
     for step in range(settings.steps):
+        factor = warmup_then_cosine(step, settings.steps, warmup)
         for group, rate in zip(adam.param_groups, rates, strict=True):
-            group["lr"] = rate * warmup_then_cosine(step, settings.steps, warmup)
+            group["lr"] = rate * factor
         chosen = int(torch.randint(len(student_streams), (), generator=generator))
         adam.zero_grad()
         with deterministic():
@@ -74,6 +79,7 @@ def reconstruct(
             loss.backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         adam.step()
+        dampen(latents, settings.latent_lr * factor * settings.dampening * rising_cosine(step, settings.steps))
         if step % max(1, settings.steps // LOG_LINES) == 0:
             print(f"{name}: step {step + 1}/{settings.steps} loss {loss.item():.5f}", flush=True)
     after = _mean_error(teacher, training, teacher_streams, student_streams)

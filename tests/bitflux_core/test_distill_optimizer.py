@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitflux_core.distill_optimizer import FactoredInBackward, seed_of, stochastic_round
+from bitflux_core.distill import codes_of
+from bitflux_core.distill_optimizer import FactoredInBackward, dampen, seed_of, stochastic_round
 
 
 def test_in_float32_it_is_torchs_adafactor():
@@ -79,3 +80,28 @@ def test_seeds_differ_and_fit_a_generator():
     seeds = {seed_of(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_dampening_pulls_latents_to_their_codes():
+    latent = torch.tensor([[0.4, 0.6, -0.9], [1.4, -0.2, 0.0]])
+    dampen([latent], 0.5)
+    torch.testing.assert_close(latent, torch.tensor([[0.2, 0.8, -0.95], [1.2, -0.1, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dampened_latents_leave_the_threshold(dtype):
+    """Targets between two codes: the gradient drives every latent to the threshold, from both sides."""
+    torch.manual_seed(0)
+    target_NK = 0.5 + 0.05 * torch.randn(32, 32)
+
+    def spread(dampening: float) -> float:
+        latent = nn.Parameter(torch.full((32, 32), 0.4, dtype=dtype))
+        factored = FactoredInBackward({"latent": latent}, seed=0)
+        for step in range(200):
+            factored.begin(step, 0.02, 0.02 * dampening)
+            # Straight through: the latents' gradient is the codes'.
+            codes_NK = latent + (codes_of(latent) - latent).detach()
+            (codes_NK - target_NK).square().sum().backward()
+        return (latent.float() - 0.5).abs().mean().item()
+
+    assert spread(4.0) > 3 * spread(0.0)

@@ -256,6 +256,24 @@ def test_a_captured_step_is_forgotten_where_the_phase_changes(train):
     assert Captured.used == [(step, step >= 4) for step in range(6)]
 
 
+@pytest.mark.parametrize("optimizer", ["factored", "adam"])
+def test_dampening_grows_until_latents_settle(train, optimizer):
+    how = {"steps": 80, "int8_steps": 0, "interval": 40, "batch": 4, "optimizer": optimizer, "latent_lr": 2e-2}
+    free, dampened = train("a", dampening=0.0, **how), train("b", dampening=8.0, **how)
+    first = []
+    for run in (free, dampened):
+        run.train_step()
+        first.append(torch.cat([p.detach().flatten() for p in run.latents.values()]))
+        run.run()
+    assert torch.equal(*first)  # at the start there is none of it
+
+    def settled(run) -> float:
+        latent = torch.cat([p.detach().flatten().float() for p in run.latents.values()])
+        return ((latent - latent.round().clamp(-1, 1)).abs() < 0.2).float().mean().item()
+
+    assert settled(dampened) > 1.3 * settled(free)
+
+
 def test_errors_count_by_the_step_at_which_a_state_stands(train):
     run, alike = train("a", features=0, own_states=0.0), train("b", features=0, own_states=0.0, weighted=False)
     assert alike.weights_K.tolist() == [1] * 4
