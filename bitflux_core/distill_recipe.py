@@ -38,7 +38,7 @@ class EndToEndSettings:
     batch: int
     sampler_steps: int
     guidance: float
-    latent_lr: float = 1e-2
+    latent_lr: float = 5e-3
     dampening: float = 0.5
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
