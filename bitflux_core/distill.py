@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitflux_core.checkpoint import empty_transformer
+from bitflux_core.distill_attention import TrainedAttention
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
@@ -26,6 +27,7 @@ from bitflux_core.low_rank import LowRank
 from bitflux_core.ternary import TernaryWeight, least_squares
 from kernels.packing import unpack_planes
 from kernels.reference import rounded_to_int8
+from kernels.training import codes_of, latent_weight
 
 MARGIN = 0.3  # from a code to the latents that start at it: nearer the edges, the first steps would flip most of them
 
@@ -37,14 +39,6 @@ class Conditions:
     prompt_embeds_PTD: Tensor
     pooled_PD: Tensor
     image_ids_L3: Tensor
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's own, with the weight in its input's dtype, as where the model draws; of two dtypes there is no kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -102,7 +96,7 @@ class LatentTernaryLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.int8_activations:
             x = _RoundedToInt8.apply(x)
-        y = F.linear(x, _StraightThroughWeight.apply(self.latent, self.log_scale, dtype), self.bias)
+        y = F.linear(x, latent_weight(self.latent, self.log_scale, dtype), self.bias)
         return y if self.correction is None else y + self.correction.of(x)
 
     def ternary(self) -> TernaryWeight:
@@ -110,29 +104,6 @@ class LatentTernaryLinear(nn.Module):
         if low_rank is not None:
             low_rank = LowRank(low_rank.up_NR.detach().cpu(), low_rank.down_RK.detach().cpu())
         return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu(), low_rank)
-
-
-def codes_of(latent_NK: Tensor) -> Tensor:
-    """The codes that latents round to, in their dtype; -0.5 and 0.5 become 0."""
-    return latent_NK.round().clamp_(-1, 1)
-
-
-class _StraightThroughWeight(torch.autograd.Function):
-    """Latents and log scales to the ternary weight. Backward keeps nothing but them: no second copy of the weight."""
-
-    @staticmethod
-    def forward(ctx, latent_NK: Tensor, log_scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(latent_NK, log_scale_N)
-        return codes_of(latent_NK).to(dtype) * log_scale_N.exp().to(dtype)[:, None]
-
-    @staticmethod
-    def backward(ctx, grad_NK: Tensor) -> tuple[Tensor, Tensor, None]:
-        latent_NK, log_scale_N = ctx.saved_tensors
-        scale_N = log_scale_N.exp()
-        codes_NK = codes_of(latent_NK).to(grad_NK.dtype)
-        grad_log_scale_N = (grad_NK * codes_NK).sum(dim=1, dtype=scale_N.dtype) * scale_N
-        grad_latent_NK = grad_NK * scale_N.to(grad_NK.dtype)[:, None]
-        return grad_latent_NK.to(latent_NK.dtype), grad_log_scale_N, None
 
 
 class _RoundedToInt8(torch.autograd.Function):
@@ -167,11 +138,10 @@ def make_student(
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
             weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
         student.set_submodule(name, LatentTernaryLinear(linear, weight, latent_dtype))
-    for norm in student.modules():  # same parameters, other arithmetic
-        if isinstance(norm, nn.RMSNorm):
-            norm.__class__ = RMSNorm
-        elif isinstance(norm, nn.LayerNorm):
-            norm.__class__ = LayerNorm
+    student.set_attn_processor(TrainedAttention())
+    for norm in student.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.__class__ = LayerNorm  # same parameters, other arithmetic
     source = (start or teacher).state_dict()
     names = student.state_dict().keys() & source.keys()  # not the weights of linears, which have other names
     rest = {name: source[name].detach().to(device, torch.float32, copy=True) for name in names}

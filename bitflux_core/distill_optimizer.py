@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bitflux_core.distill import codes_of
 from bitflux_core.distill_shards import local, over_ranks
+from kernels.training import codes_of
 
 BETA2_DECAY = -0.8  # at step t the second moments keep 1 - t^-0.8 of themselves
 MOST_RMS = 1.0  # of an update before the rate: the clipping, by weight, since no global norm is ever known

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint as computed_again
 
 from bitflux_core.checkpoint import empty_transformer
-from bitflux_core.distill import Conditions, LatentTernaryLinear, codes_of, make_student, sampler_sigmas
+from bitflux_core.distill import Conditions, LatentTernaryLinear, make_student, sampler_sigmas
+from bitflux_core.distill_attention import TrainedAttention
 from bitflux_core.distill_checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -47,6 +48,7 @@ from bitflux_core.training import (
     warmup_then_cosine,
 )
 from kernels.packing import pack_planes, unpack_planes
+from kernels.training import codes_of
 
 # How a step's kernels are launched: one by one, by torch.compile's code block by block, or all by one CUDA graph.
 # Compiled, a step of FLUX.1-dev takes a quarter less time, but the gradients differ from run to run (torch 2.11).
@@ -100,6 +102,7 @@ class EndToEnd:
             again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)
             self.student.enable_gradient_checkpointing(again)
         self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher.set_attn_processor(TrainedAttention())
         if mesh:
             shard(self.teacher, mesh, set())
             rest = {p for name, p in self.student.named_parameters() if not name.endswith(".latent")}

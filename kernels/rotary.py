@@ -52,8 +52,8 @@ def _norm_rope_kernel(
     # Weights and rotations are loaded as tiles whose rows are alike, so that a thread's columns are those of its x.
     columns = tl.arange(0, SIZE)[None, :]
     tile_columns = columns + tl.zeros([BLOCK, 1], tl.int32)
-    cos_real, cos_imaginary = _pairs(tl.load(cos_ptr + token * SIZE + tile_columns).to(tl.float32), BLOCK, SIZE)
-    sin_real, sin_imaginary = _pairs(tl.load(sin_ptr + token * SIZE + tile_columns).to(tl.float32), BLOCK, SIZE)
+    cos_real, cos_imaginary = pairs(tl.load(cos_ptr + token * SIZE + tile_columns).to(tl.float32), BLOCK, SIZE)
+    sin_real, sin_imaginary = pairs(tl.load(sin_ptr + token * SIZE + tile_columns).to(tl.float32), BLOCK, SIZE)
     for part in tl.static_range(2):
         weight = tl.load((row_key_weight_ptr if part else row_query_weight_ptr) + tile_columns).to(tl.float32)
         out_ptr = key_ptr if part else query_ptr
@@ -62,14 +62,14 @@ def _norm_rope_kernel(
             offsets = head * SIZE + columns
             x = tl.load(row_ptr + part * (HEADS * SIZE) + offsets, head < HEADS, 0).to(tl.float32)
             inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)
-            real, imaginary = _pairs(x * inverse_rms[:, None] * weight, BLOCK, SIZE)
+            real, imaginary = pairs(x * inverse_rms[:, None] * weight, BLOCK, SIZE)
             y = tl.join(real * cos_real - imaginary * sin_real, imaginary * cos_imaginary + real * sin_imaginary)
             y = tl.reshape(y, [BLOCK, SIZE]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + out_row + offsets, y, head < HEADS)
 
 
 @triton.jit
-def _pairs(x, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+def pairs(x, BLOCK: tl.constexpr, SIZE: tl.constexpr):
     """Even and odd columns of a tile [BLOCK, SIZE], each [BLOCK, SIZE / 2]: a thread holds both already."""
     return tl.split(tl.reshape(x, [BLOCK, SIZE // 2, 2]))
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitflux_core.distill import codes_of
 from bitflux_core.distill_optimizer import FactoredInBackward, dampen, seed_of, stochastic_round
+from kernels.training import codes_of
 
 
 def test_in_float32_it_is_torchs_adafactor():

@@ -120,6 +120,26 @@ def rotary(_: int) -> Kernel:
     return Kernel("rotary", "_norm_rope_kernel", signature, {"HEADS": 24, "SIZE": 128, "BLOCK": 8})
 
 
+def norm_rope(backward: bool) -> Kernel:
+    tensors = ["x_ptr", "y_ptr"] if not backward else ["x_ptr", "grad_ptr", "grad_x_ptr"]
+    signature = dict.fromkeys(tensors, "*bf16") | {"weight_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    signature |= {"rows": "i32", "heads": "i32", "tokens": "i32", "eps": "fp32"}
+    if backward:
+        signature["grad_weight_ptr"] = "*fp32"
+    name = "_norm_rope_backward_kernel" if backward else "_norm_rope_forward_kernel"
+    return Kernel("_training_kernels", name, signature, {"SIZE": 128, "BLOCK": 16})
+
+
+def latent_weight(backward: bool) -> Kernel:
+    signature = {"latent_ptr": "*bf16", "log_scale_ptr": "*fp32", "K": "i32"}
+    if backward:
+        signature |= {"grad_ptr": "*bf16", "grad_latent_ptr": "*bf16", "grad_log_scale_ptr": "*fp32"}
+    else:
+        signature["weight_ptr"] = "*bf16"
+    name = "_latent_weight_backward_kernel" if backward else "_latent_weight_kernel"
+    return Kernel("_training_kernels", name, signature, {"BLOCK": 2048})
+
+
 ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "int8": lambda capability: product("int8", 4608, capability),
     "int8, 100 tokens": lambda capability: product("int8", 100, capability),
@@ -137,6 +157,10 @@ ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "gelu": lambda _: gelu(False),
     "gelu, quantized": lambda _: gelu(True),
     "rotary": rotary,
+    "norm and rotary in training": lambda _: norm_rope(False),
+    "norm and rotary in training, backward": lambda _: norm_rope(True),
+    "weight of latents": lambda _: latent_weight(False),
+    "weight of latents, backward": lambda _: latent_weight(True),
 }
 HOPPER: dict[str, Callable[[int], Kernel]] = {
     "hopper int8": lambda _: hopper("int8", 256, 128, 64, 8, 4),
