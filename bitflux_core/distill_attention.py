@@ -29,6 +29,7 @@ class TrainedAttention:
 
         def turned(x: Tensor, norm: torch.nn.RMSNorm, tokens: slice) -> Tensor:
             cos_SD, sin_SD = (part[tokens] for part in image_rotary_emb)
+            assert norm.eps is not None
             return norm_rope(heads(x), norm.weight, cos_SD, sin_SD, norm.eps)
 
         text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bitflux_core.distill_shards import local, over_ranks
+from kernels.factored import TINY, square_sums, step_latents, update_square_sum
 from kernels.training import codes_of
 
 BETA2_DECAY = -0.8  # at step t the second moments keep 1 - t^-0.8 of themselves
 MOST_RMS = 1.0  # of an update before the rate: the clipping, by weight, since no global norm is ever known
-_TINY = 1e-30  # epsilon_1 of the paper
 
 
 class FactoredInBackward:
@@ -33,19 +33,19 @@ class FactoredInBackward:
         device = local(any_latent).device
         self.seed = seed
         self.rank = dist.get_rank() if isinstance(any_latent, DTensor) else 0
-        self.generator = torch.Generator(device)  # of all latents, which step in the same order each time
         # What changes from step to step lies on the device, where a CUDA graph of the backward pass reads it.
         self._rate, self._dampening = torch.zeros((), device=device), torch.zeros((), device=device)
         self._forget = torch.ones((), device=device)
+        self._seed = torch.zeros((), dtype=torch.int64, device=device)  # of the step's random numbers
         self.rows: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
-        for name, latent in latents.items():
+        for place, (name, latent) in enumerate(latents.items()):
             rows, columns = local(latent).shape
             self.rows[name] = torch.zeros(rows, device=device)
             self.columns[name] = torch.zeros(columns, device=device)
             # Defaults bind the loop's variables.
             latent.register_post_accumulate_grad_hook(
-                lambda latent, name=name: self._step(latent, name)  # type: ignore[misc]
+                lambda latent, name=name, place=place: self._step(latent, name, place)  # type: ignore[misc]
             )
 
     def begin(self, step: int, rate: float, dampening: float = 0.0) -> None:
@@ -56,27 +56,23 @@ class FactoredInBackward:
         self._rate.fill_(rate)
         self._dampening.fill_(dampening)
         self._forget.fill_(float(step + 1) ** BETA2_DECAY)
-        self.generator.manual_seed(seed_of(self.seed, step, self.rank))
+        self._seed.fill_(seed_of(self.seed, step, self.rank))
 
     @torch.no_grad()
-    def _step(self, latent: Tensor, name: str) -> None:
+    def _step(self, latent: Tensor, name: str, place: int) -> None:
         assert latent.grad is not None
-        gradient, latent_NK, count = local(latent.grad).float(), local(latent), latent.shape[0]
+        gradient, latent_NK, (rows, columns) = local(latent.grad), local(latent), latent.shape
         latent.grad = None
-        square_NK = gradient.square()
         row_N, column_K = self.rows[name], self.columns[name]
-        row_N.lerp_(square_NK.mean(dim=1), self._forget)
-        column_K.lerp_(over_ranks(latent, square_NK.sum(dim=0)) / count, self._forget)
-        del square_NK
-        row_mean = over_ranks(latent, row_N.sum()) / count
+        row_sum_N, column_sum_K = square_sums(gradient)
+        row_N.lerp_(row_sum_N / columns, self._forget)
+        column_K.lerp_(over_ranks(latent, column_sum_K) / rows, self._forget)
+        row_mean = over_ranks(latent, row_N.sum()) / rows
         # Divided first: the product of two small moments would not be a float32.
-        update_NK = (row_N / row_mean.clamp(min=_TINY))[:, None] * column_K
-        update_NK.clamp_(min=_TINY).rsqrt_().mul_(gradient)
-        del gradient
-        rms = (over_ranks(latent, update_NK.square().sum()) / latent.numel()).sqrt()
-        update_NK.mul_(-self._rate / (rms / MOST_RMS).clamp(min=1.0)).add_(latent_NK)
-        update_NK.lerp_(codes_of(update_NK), self._dampening)
-        latent_NK.copy_(stochastic_round(update_NK, latent_NK.dtype, self.generator))
+        ratio_N = row_N / row_mean.clamp(min=TINY)
+        rms = (over_ranks(latent, update_square_sum(gradient, ratio_N, column_K)) / latent.numel()).sqrt()
+        rate = self._rate / (rms / MOST_RMS).clamp(min=1.0)
+        step_latents(latent_NK, gradient, ratio_N, column_K, rate, self._dampening, self._seed, place)
 
 
 @torch.no_grad()
@@ -89,21 +85,6 @@ def dampen(latents: Sequence[Tensor], share: float) -> None:
     Quantization-Aware Training", the dampening loss).
     """
     torch._foreach_lerp_(list(latents), [codes_of(latent) for latent in latents], share)
-
-
-def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that keeps the mean; to float32, `x` itself.
-
-    A step far below a weight's last bit still moves it, on average by its size. x must be finite; it is overwritten.
-    """
-    if dtype == torch.float32:
-        return x
-    assert dtype == torch.bfloat16
-    # The lower half of the bits is what bfloat16 drops: random bits below it carry with just the right probability.
-    bits = x.view(torch.int32)
-    bits.add_(torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=x.device, generator=generator))
-    bits.bitwise_and_(-(1 << 16))
-    return x.to(dtype)
 
 
 def seed_of(*parts: int) -> int:

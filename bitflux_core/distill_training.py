@@ -188,7 +188,7 @@ class EndToEnd:
             self.rollouts.spread(self._teach)
         self._replayed: Replayed | None = None
         if launch == "graph":
-            self._replayed = Replayed(self._forward_backward, self.factored.generator if self.factored else None)
+            self._replayed = Replayed(self._forward_backward)
         elif launch == "compiled":
             for model in (self.teacher, self.student):
                 for block in (model.get_submodule(name) for name in self.blocks):

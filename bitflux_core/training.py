@@ -129,14 +129,12 @@ class Replayed:
     """`function`, of tensors by name, as a CUDA graph from its fourth call on: then Python launches one thing a call.
 
     Every call counts, the first three as well. Tensors must keep their shapes, and results are overwritten by the next
-    call. The function must not synchronise with the host. Random numbers it may take from `generator`, which may be
-    seeded between calls. What it does is what the capturing call did: `forget` once it would do otherwise.
+    call. The function must not synchronise with the host, and takes no random numbers from a generator. What it does is
+    what the capturing call did: `forget` once it would do otherwise.
     """
 
-    def __init__(
-        self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], generator: torch.Generator | None = None
-    ):
-        self.function, self.generator = function, generator
+    def __init__(self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]):
+        self.function = function
         self.stream = torch.cuda.Stream()
         self.inputs: dict[str, Tensor] = {}
         self.forget()
@@ -165,8 +163,6 @@ class Replayed:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        if self.generator:
-            graph.register_generator_state(self.generator)
         # thread_local: as in `capture`.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.function(self.inputs)

@@ -140,6 +140,17 @@ def latent_weight(backward: bool) -> Kernel:
     return Kernel("_training_kernels", name, signature, {"BLOCK": 2048})
 
 
+def factored(name: str) -> Kernel:
+    pointers = ["row_parts", "column_parts", "row", "column", "sum", "rate", "dampening"]
+    signature = dict.fromkeys([f"{pointer}_ptr" for pointer in pointers], "*fp32")
+    signature |= {"latent_ptr": "*bf16", "gradient_ptr": "*bf16", "seed_ptr": "*i64", "place": "i32"}
+    signature |= {"N": "i32", "K": "i32"}
+    constants = {"ROWS": 16, "COLUMNS": 256, "STRIP": 8} if "sums" in name else {"BLOCK": 2048}
+    if "step" in name:
+        constants["ROUNDED"] = True
+    return Kernel("_factored_kernels", name, signature, constants)
+
+
 ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "int8": lambda capability: product("int8", 4608, capability),
     "int8, 100 tokens": lambda capability: product("int8", 100, capability),
@@ -161,6 +172,9 @@ ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "norm and rotary in training, backward": lambda _: norm_rope(True),
     "weight of latents": lambda _: latent_weight(False),
     "weight of latents, backward": lambda _: latent_weight(True),
+    "factored step, sums of squares": lambda _: factored("_square_sums_kernel"),
+    "factored step, size of the update": lambda _: factored("_update_square_sum_kernel"),
+    "factored step": lambda _: factored("_step_kernel"),
 }
 HOPPER: dict[str, Callable[[int], Kernel]] = {
     "hopper int8": lambda _: hopper("int8", 256, 128, 64, 8, 4),
