@@ -39,7 +39,7 @@ class EndToEndSettings:
     sampler_steps: int
     guidance: float
     latent_lr: float = 5e-3
-    dampening: float = 0.5
+    dampening: float = 0.15
     scale_lr: float = 1e-3
     other_lr: float = 5e-4
     features: int = 4
