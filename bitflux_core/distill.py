@@ -26,8 +26,7 @@ from bitflux_core.linear import TernaryLinear
 from bitflux_core.low_rank import LowRank
 from bitflux_core.ternary import TernaryWeight, least_squares
 from kernels.packing import unpack_planes
-from kernels.reference import rounded_to_int8
-from kernels.training import codes_of, latent_weight
+from kernels.training import codes_of, latent_weight, rounded_to_int8
 
 MARGIN = 0.3  # from a code to the latents that start at it: nearer the edges, the first steps would flip most of them
 
@@ -95,7 +94,7 @@ class LatentTernaryLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.int8_activations:
-            x = _RoundedToInt8.apply(x)
+            x = rounded_to_int8(x)
         y = F.linear(x, latent_weight(self.latent, self.log_scale, dtype), self.bias)
         return y if self.correction is None else y + self.correction.of(x)
 
@@ -104,18 +103,6 @@ class LatentTernaryLinear(nn.Module):
         if low_rank is not None:
             low_rank = LowRank(low_rank.up_NR.detach().cpu(), low_rank.down_RK.detach().cpu())
         return TernaryWeight(self.codes().detach().to("cpu", torch.int8), self.log_scale.detach().exp().cpu(), low_rank)
-
-
-class _RoundedToInt8(torch.autograd.Function):
-    """Each token's values as `ternary-int8` rounds them; the gradient passes as if they had not been."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return rounded_to_int8(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
 
 
 def make_student(

@@ -67,6 +67,16 @@ def scales_of(amax_bits, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def dequantized(chunks, inverse, scale):
+    """What the chunks' values, rounded to nearest even, stand for; NaN in a row whose scale is."""
+    values = ()
+    for i in tl.static_range(len(chunks)):
+        rounded = chunks[i] * inverse + _ROUNDER
+        values += ((rounded.to(tl.int32, bitcast=True) - _ROUNDER_BITS).to(tl.float32) * scale,)
+    return values
+
+
+@triton.jit
 def store_quantized(row_ptr, chunks, finite, inverse, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Stores the chunks as int8; returns their sum."""
     total = 0

@@ -9,6 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.rotary import pairs
+from kernels.rowwise import rounded_to_int8_triton as rounded_to_int8
+
+__all__ = ["latent_weight", "latent_weight_backward", "norm_rope", "norm_rope_backward", "rounded_to_int8"]
 
 _ELEMENTS = 2048  # of a tile
 _PROGRAMS = 512  # that share a norm's rows in its backward pass; fixed, for they add up the weight's gradient

@@ -21,6 +21,7 @@ from kernels._row_parts import (
     LARGEST_DIGITS,
     LARGEST_VALUE,
     add_up,
+    dequantized,
     load_row,
     magnitude_bits,
     scales_of,
@@ -46,6 +47,14 @@ def _quantize_kernel(x_ptr, values_ptr, scale_ptr, sum_ptr, x_stride, WIDTH: tl.
     total = store_quantized(values_ptr + row * WIDTH, x, finite, inverse, WIDTH, BLOCK)
     tl.store(scale_ptr + row, scale)
     tl.store(sum_ptr + row, total)
+
+
+@triton.jit
+def _rounded_kernel(x_ptr, y_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x = load_row(x_ptr + row * x_stride, WIDTH, BLOCK)
+    _, inverse, scale = scales_of(magnitude_bits(x), LARGEST_VALUE)
+    store_row(y_ptr + row * WIDTH, dequantized(x, inverse, scale), WIDTH, BLOCK)
 
 
 @triton.jit
@@ -175,6 +184,18 @@ def quantize_triton(x_MK: Tensor) -> Quantized:
         x_MK, *quantized, x_MK.stride(0), width, _block(width, warps), num_warps=warps, enable_fp_fusion=False
     )
     return _padded(quantized)
+
+
+def rounded_to_int8_triton(x: Tensor) -> Tensor:
+    """As `reference.rounded_to_int8`, bit for bit."""
+    x_MK = _rows(x.flatten(0, -2))
+    tokens, width = x_MK.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    warps = _warps(width)
+    _rounded_kernel[(tokens,)](
+        x_MK, y, x_MK.stride(0), width, _block(width, warps), num_warps=warps, enable_fp_fusion=False
+    )
+    return y
 
 
 def digits_triton(x_MK: Tensor) -> Quantized:

@@ -1,6 +1,6 @@
-"""What training repeats most, a kernel each way: the weight of latents, and norm with rotary embedding.
+"""What training repeats most, a kernel each way: the weight of latents, norm with rotary embedding, int8 rounding.
 
-In plain torch either is a dozen passes over its tensors; on a GPU they took more of a training step than its products.
+In plain torch each is a dozen passes over its tensors; on a GPU they took more of a training step than its products.
 
 Legend: N rows and K columns of a weight; B images, S tokens, H heads, D head size.
 
@@ -10,6 +10,8 @@ plain torch. All sums have a fixed order: the same bits in every run.
 
 import torch
 from torch import Tensor
+
+from kernels import reference
 
 
 def codes_of(latent_NK: Tensor) -> Tensor:
@@ -39,6 +41,11 @@ def norm_rope(x_BSHD: Tensor, weight_D: Tensor, cos_SD: Tensor, sin_SD: Tensor, 
     real, imaginary = normed_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
     turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
     return (normed_BSHD * cos_SD[:, None] + turned_BSHD * sin_SD[:, None]).to(x_BSHD.dtype)
+
+
+def rounded_to_int8(x: Tensor) -> Tensor:
+    """x [..., K] as `ternary-int8` rounds each token's values, in its dtype; gradients pass as if it had not."""
+    return _RoundedToInt8.apply(x)
 
 
 class _LatentWeight(torch.autograd.Function):
@@ -71,6 +78,16 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BSHD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         return *_kernels().norm_rope_backward(grad_BSHD, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+class _RoundedToInt8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _kernels().rounded_to_int8(x) if _by_triton(x) else reference.rounded_to_int8(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _by_triton(tensor: Tensor) -> bool:

@@ -39,7 +39,8 @@ class Kernel:
 
 
 POINTERS = {"y_ptr": "*bf16", "scale_ptr": "*fp32", "bias_ptr": "*bf16", "gate_ptr": "*bf16", "residual_ptr": "*bf16"}
-EXACT = ("_quantize_kernel", "_digits_kernel")  # compiled without contracting multiplication and addition
+# Compiled without contracting multiplication and addition.
+EXACT = ("_quantize_kernel", "_digits_kernel", "_rounded_kernel")
 SIZES = ("tokens", "features", "plane_width", "tokens_an_image", "residual_stride")
 
 
@@ -88,7 +89,7 @@ def unpack(capability: int) -> Kernel:
 def rowwise(name: str, constants: dict[str, Any], warps: int, x: tuple[str, ...], strides: tuple[str, ...]) -> Kernel:
     outputs = {"y_ptr": "*i8", "token_scale_ptr": "*fp32", "token_sum_ptr": "*i32"}
     if name in EXACT:
-        outputs = {"values_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32"}
+        outputs = {"values_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32", "y_ptr": "*bf16"}
     elif not constants["QUANTIZE"]:
         outputs = dict.fromkeys(outputs, "*bf16")
     signature = dict.fromkeys(x, "*bf16") | outputs | dict.fromkeys(strides, "i32")
@@ -163,6 +164,7 @@ ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "unpack": unpack,
     "quantize": lambda _: quantize("_quantize_kernel"),
     "digits": lambda _: quantize("_digits_kernel"),
+    "rounded": lambda _: quantize("_rounded_kernel"),
     "norm": lambda _: norm(False),
     "norm, quantized": lambda _: norm(True),
     "gelu": lambda _: gelu(False),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import _training_kernels, training
+from kernels import _training_kernels, reference, training
 
 EPS = 1e-6
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float32: 2e-5}
@@ -109,3 +109,20 @@ def test_the_weight_of_latents_with_its_gradients(shape, latent_dtype, dtype, ke
     torch.testing.assert_close(
         leaves[1].grad.double(), (grad.double() * codes).sum(1) * scale, rtol=1e-4, atol=1e-4 * scale.max().item()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [20, 1280, 5000])
+def test_rounding_to_int8_is_the_references_and_passes_gradients(dtype, width, by_triton, device):
+    x = (10 * torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))).to(dtype)
+    x[0, 1] = 0.0
+    x[1, 2, 3] = torch.inf
+    leaf = x.to(device).requires_grad_()
+    y = training.rounded_to_int8(leaf)
+    expected = reference.rounded_to_int8(x)
+    assert expected[1, 2].isnan().all()
+    truncated = dtype == torch.bfloat16 and device.type == "cpu"  # as the interpreter makes bfloat16 of float32
+    torch.testing.assert_close(y.cpu(), expected, rtol=2**-7 if truncated else 0, atol=0, equal_nan=True)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    y.backward(grad)
+    assert torch.equal(leaf.grad, grad)
