@@ -93,8 +93,13 @@ def stored_codes(tensors: dict[str, Tensor], codes: Codes) -> dict[str, Tensor]:
 
 
 def check_unused(directory: Path | str) -> Path:
-    """`directory` as a Path. UserError if there is anything in it, or if it is a file."""
+    """`directory` as a Path. UserError if there is anything in it, if it is or lies in a file, or has no name."""
     directory = Path(directory)
+    if directory.name in ("", ".."):  # it is put in place whole, by its name
+        raise UserError(f"'{directory}' names no new folder: name one for the ternary checkpoint")
+    above = next(folder for folder in directory.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{directory} lies in {above}, which is a file: name another folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is in use: name a new or an empty folder for the ternary checkpoint")
     return directory
