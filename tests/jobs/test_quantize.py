@@ -56,6 +56,22 @@ def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [(".", "names no new folder"), ("notes.txt/twin", "notes.txt, which is a file"), ("notes.txt", "is in use")],
+)
+def test_a_place_that_cannot_hold_a_checkpoint_is_refused(
+    models, profile, tmp_path, capsys, monkeypatch, output, words
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("mine") if output != "." else None
+    monkeypatch.chdir(tmp_path / "empty")
+    assert quantize.main(["--profile", profile, "--init", "absmean", "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_a_checkpoint_made_again_lies_elsewhere_and_is_compared(models, make_profile, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     init = ["--init", "least-squares"]
