@@ -157,7 +157,6 @@ def test_training_brings_each_block_nearer_to_the_teachers(settings, lively_dir,
     assert "of the codes flipped" in log
 
 
-@pytest.mark.slow  # it trains
 def test_a_model_without_guidance_is_quantized_and_trained(settings, broken_dir, tmp_path):
     config = broken_dir / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
