@@ -78,11 +78,10 @@ class BitFluxQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Where diffusers first tells the files: their digests are checked here."""
-        from bitflux_core.tensor_files import check_file
+        from bitflux_core.tensor_files import check_files
 
-        digests = self.quantization_config.files or {}
-        for file in map(Path, checkpoint_files):
-            check_file(file, digests.get(file.name))
+        digests, files = self.quantization_config.files or {}, [Path(file) for file in checkpoint_files]
+        check_files(files[0].parent, {file.name: digests.get(file.name) for file in files})
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
