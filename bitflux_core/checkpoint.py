@@ -22,7 +22,7 @@ from bitflux_core.files import file_digest, fingerprint, read_json
 from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
 from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.model_card import write_card
-from bitflux_core.tensor_files import REMEDY, check_file, read_tensors
+from bitflux_core.tensor_files import REMEDY, check_files, read_tensors
 from kernels.packing import Codes, pack_trits
 from kernels.reference import Activations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 # A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
-SHARD_SIZE = "50MB"
+SHARD_SIZE = "25MB"
 
 
 def save_ternary(
@@ -93,8 +93,13 @@ def stored_codes(tensors: dict[str, Tensor], codes: Codes) -> dict[str, Tensor]:
 
 
 def check_unused(directory: Path | str) -> Path:
-    """`directory` as a Path. UserError if there is anything in it, or if it is a file."""
+    """`directory` as a Path. UserError if there is anything in it, if it is or lies in a file, or has no name."""
     directory = Path(directory)
+    if directory.name in ("", ".."):  # it is put in place whole, by its name
+        raise UserError(f"'{directory}' names no new folder: name one for the ternary checkpoint")
+    above = next(folder for folder in directory.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{directory} lies in {above}, which is a file: name another folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is in use: name a new or an empty folder for the ternary checkpoint")
     return directory
@@ -121,8 +126,8 @@ def load_ternary(
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}
-    for file_name, digest in files.items():
-        check_file(directory / file_name, digest)
+    check_files(directory, files)
+    for file_name in files:
         for name, tensor in read_tensors(directory / file_name, expected, columns, exact, torch.device(device)):
             loaded[name] = tensor if name in exact else tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())

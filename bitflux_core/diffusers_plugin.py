@@ -3,6 +3,8 @@
 Imported while diffusers' own quantizers are (bitflux_core/_diffusers_hook.py): what needs its models is imported later.
 """
 
+import functools
+import tempfile
 import types
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +20,7 @@ from torch import Tensor
 QUANT_METHOD = "bitflux"
 FORMAT_VERSION = 2
 _SCALE = "scale"
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 
 
 class Method(StrEnum):
@@ -75,11 +78,10 @@ class BitFluxQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Where diffusers first tells the files: their digests are checked here."""
-        from bitflux_core.tensor_files import check_file
+        from bitflux_core.tensor_files import check_files
 
-        digests = self.quantization_config.files or {}
-        for file in map(Path, checkpoint_files):
-            check_file(file, digests.get(file.name))
+        digests, files = self.quantization_config.files or {}, [Path(file) for file in checkpoint_files]
+        check_files(files[0].parent, {file.name: digests.get(file.name) for file in files})
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +124,9 @@ class BitFluxQuantizer(DiffusersQuantizer):
                 raise ValueError(f"{name}.scale has values that are no scales: copy or make the checkpoint again")
         self.quantization_config.files = None  # digests of these files, not of those that the model may be saved to
         model.load_lora_adapter = _refuse_lora
+        _refuse_loras_of_pipelines()
         model.save_pretrained = types.MethodType(_save_with_card, model)
+        model.push_to_hub = types.MethodType(_push_with_card, model)
         model.requires_grad_(False)
 
     def get_state_dict_and_metadata(
@@ -154,22 +158,68 @@ def _refuse_lora(*_: Any, **__: Any) -> None:
     )
 
 
+@functools.cache
+def _refuse_loras_of_pipelines() -> None:
+    """Gives FLUX pipelines the same reason: they ask for PEFT before they ask their transformer."""
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    load = FluxLoraLoaderMixin.load_lora_weights
+
+    @functools.wraps(load)
+    def load_or_refuse(pipeline: Any, *arguments: Any, **options: Any) -> Any:
+        if getattr(pipeline.transformer, "load_lora_adapter", None) is _refuse_lora:
+            _refuse_lora()
+        return load(pipeline, *arguments, **options)
+
+    FluxLoraLoaderMixin.load_lora_weights = load_or_refuse
+
+
 def _save_with_card(model: Any, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
     """diffusers' save_pretrained with shards of a bounded size, and with a model card."""
-    from huggingface_hub import HfApi
-
     from bitflux_core.checkpoint import SHARD_SIZE
     from bitflux_core.model_card import write_card
 
-    hub = {name: options.pop(name, None) for name in ("commit_message", "private", "create_pr", "token", "repo_id")}
+    hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
     options.setdefault("max_shard_size", SHARD_SIZE)
     type(model).save_pretrained(model, save_directory, **options)
     write_card(model, Path(save_directory), model.hf_quantizer.quantization_config.to_dict())
     if push_to_hub:
-        api = HfApi(token=hub["token"])
-        name = hub["repo_id"] or Path(save_directory).name
-        repository = api.create_repo(name, exist_ok=True, private=hub["private"]).repo_id
-        message = hub["commit_message"] or "Upload a ternary FLUX transformer"
-        api.upload_folder(
-            repo_id=repository, folder_path=save_directory, commit_message=message, create_pr=hub["create_pr"]
-        )
+        _upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **hub})
+
+
+def _push_with_card(
+    model: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    subfolder: str | None = None,
+) -> str:
+    """diffusers' push_to_hub, but it would write its blank card over ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        _save_with_card(model, folder, safe_serialization=safe_serialization, variant=variant)
+        return _upload(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    return api.upload_folder(
+        repo_id=api.create_repo(repo_id, exist_ok=True, private=private).repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        commit_message=commit_message or "Upload a ternary FLUX transformer",
+        create_pr=create_pr,
+    )

@@ -10,6 +10,7 @@ Legend: B slots, P prompts, T text tokens, D text width, L image tokens, C packe
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill_attention import TrainedAttention
 from bitflux_core.errors import UserError
+from bitflux_core.files import read_json
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 from bitflux_core.low_rank import LowRank
@@ -140,6 +142,19 @@ def relative_error(mine: Tensor, theirs: Tensor) -> Tensor:
     """Squared error over the target's mean square, a scalar."""
     theirs = theirs.detach().float()
     return (mine.float() - theirs).square().mean() / theirs.square().mean().clamp(min=1e-8)
+
+
+def load_scheduler(pipeline_dir: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The pipeline's scheduler. UserError where it has none, or one that steps otherwise than states do here."""
+    folder = pipeline_dir / "scheduler"
+    name = read_json(folder / "scheduler_config.json", "copy the model again").get("_class_name")
+    if name != FlowMatchEulerDiscreteScheduler.__name__:
+        raise UserError(f"{folder} holds {name}: name a pipeline with a {FlowMatchEulerDiscreteScheduler.__name__}")
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be loaded ({problem}): copy the model again") from error
 
 
 def sampler_sigmas(

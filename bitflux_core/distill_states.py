@@ -23,7 +23,7 @@ class Rollouts:
     """`slots` trajectories on their way from noise to image, a multiple of the `batch` that a step trains on.
 
     With several ranks each carries its own part of every batch. `sigmas` [steps + 1] fall from 1 to 0; `prompts` are
-    places in `conditions`, which may lie on the CPU or in a mapped file.
+    places in `conditions`, which may lie on the CPU or in a mapped file. `guidance` is None for models without it.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Rollouts:
         conditions: Conditions,
         prompts: Sequence[int],
         sigmas: Tensor,
-        guidance: float,
+        guidance: float | None,
         *,
         slots: int,
         batch: int,
@@ -53,10 +53,11 @@ class Rollouts:
         generator = torch.Generator().manual_seed(seed_of(seed, slots))
         count = batch // ranks
         self._same = {  # for every batch
-            "guidance": torch.full((count,), guidance, device=device),
             "txt_ids": torch.zeros(conditions.prompt_embeds_PTD.shape[1], 3, device=device),
             "img_ids": conditions.image_ids_L3.to(device, torch.float32),
         }
+        if guidance is not None:
+            self._same["guidance"] = torch.full((count,), guidance, device=device)
         self.own_order_S = torch.randperm(slots, generator=generator)  # the lower a slot's, the sooner it is own
         self._to_noise(torch.arange(slots))
 
@@ -160,7 +161,7 @@ class HeldOut:
         conditions: Conditions,
         prompts: Sequence[int],
         sigmas: Tensor,
-        guidance: float,
+        guidance: float | None,
         *,
         batch: int,
         channels: int,

@@ -141,13 +141,14 @@ class EndToEnd:
         if sum(tensor.nbytes for tensor in vars(conditions).values()) < NEAR_BYTES:
             conditions = Conditions(**{name: tensor.to(device) for name, tensor in vars(conditions).items()})
         sigmas = sampler_sigmas(scheduler, settings.sampler_steps, len(conditions.image_ids_L3), torch.device("cpu"))
+        guidance = settings.guidance if teacher.config.guidance_embeds else None
         share = settings.batch // self.ranks
         common = {"channels": teacher.config.in_channels, "device": device}
         self.held_out = HeldOut(
             conditions,
             held_out,
             sigmas,
-            settings.guidance,
+            guidance,
             batch=share,
             seed=seed_of(settings.seed, 1),
             velocity=self._teach,
@@ -158,7 +159,7 @@ class EndToEnd:
             conditions,
             trained,
             sigmas,
-            settings.guidance,
+            guidance,
             slots=slots,
             batch=settings.batch,
             seed=seed_of(settings.seed, 2),
@@ -177,7 +178,7 @@ class EndToEnd:
                     conditions,
                     trained,
                     sigmas,
-                    settings.guidance,
+                    guidance,
                     slots=-(-WEIGHED_ON // share) * share,
                     batch=share,
                     seed=seed_of(settings.seed, 3),
@@ -206,8 +207,8 @@ class EndToEnd:
     def run(self, look: Callable[[FluxTransformer2DModel, int], None] = lambda _student, _step: None) -> list[Record]:
         """Trains to the end, from wherever it stands; the best weights of the last phase are in `folder` then.
 
-        `look` is given the student and the steps made, on every rank, with each record. FloatingPointError for a loss
-        that is not finite.
+        `look` is given the student and the steps made, on every rank, with each record. UserError for a loss that
+        is not finite.
         """
         began = time.monotonic() - self.seconds
         while self.step < self.settings.steps:
@@ -325,7 +326,11 @@ class EndToEnd:
             layer.int8_activations = int8
 
     def _begin_phase(self, began: float) -> None:
-        """Other activations, other errors: what the phase starts from is the first to be its best."""
+        """Other activations, other errors: what the phase starts from is the first to be its best.
+
+        It goes on from the last weights, whose latents and moments there are, not from the best of the phase before,
+        of which only the codes were kept: the result is the best of the int8 phase.
+        """
         self.begun = self.phase
         self._set_activations(self.phase)
         self._record(self.phase, None, began)
@@ -353,7 +358,12 @@ class EndToEnd:
         held_out, flipped = self.held_out_error(), self.codes_flipped()
         self.seconds = time.monotonic() - began
         if not math.isfinite(held_out) or not math.isfinite(loss or 0):
-            raise FloatingPointError(f"distill: loss {loss} and held-out error {held_out} at step {self.step}")
+            problem = f"distill: loss {loss} and held-out error {held_out} at step {self.step} are not finite"
+            if not self.step:
+                raise UserError(f"{problem}: copy the full-precision model again")
+            raise UserError(
+                f"{problem}: take a lower learning rate (--distill-rate); {self.folder} keeps what was saved before"
+            )
         self.records.append(Record(self.step, phase, loss, held_out, flipped, self.seconds))
         if self.rank == 0:
             print(

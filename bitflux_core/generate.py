@@ -133,9 +133,16 @@ def _load_pipeline(pipeline_dir: Path | str, dtype: torch.dtype, **parts: object
 
 
 def _load_whole(folder: Path, how: dict[str, object]) -> torch.nn.Module:
-    """The model in `folder`. ValueError where a tensor is missing: the libraries only warn, and draw a random one."""
+    """The model in `folder`. ValueError where a tensor is missing or not finite.
+
+    Of a missing one the libraries only warn, and draw it at random; values that are not finite reach every image.
+    """
     model, report = _WEIGHTS[folder.name].from_pretrained(folder, output_loading_info=True, **how)
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(f"{folder.name} has {kind.replace('_', ' ')} such as {next(iter(report[kind]))}")
+    for name, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()  # without the temporaries of isfinite; a NaN is both
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{folder.name} holds values that are not finite in {name}")
     return model.eval()

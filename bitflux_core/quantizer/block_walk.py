@@ -135,7 +135,8 @@ def _quantize_block(
     weights: dict[str, TernaryWeight] = {}
     for stage in STAGES[name.split(".")[0]][0 if settings.modulation else 1 :]:
         if settings.init == "compensated":
-            ternaries = _compensated_stage(stage, teacher, student, teacher_streams, student_streams, settings.low_rank)
+            streams = (teacher_streams, student_streams)
+            ternaries = _compensated_stage(name, stage, teacher, student, *streams, settings.low_rank)
         else:
             ternaries = _rounded_stage(stage, teacher, settings.init, settings.low_rank)
         for layer, ternary, shift_N in ternaries:
@@ -175,6 +176,7 @@ def _rounded_stage(stage: tuple[tuple[str, ...], ...], teacher: nn.Module, init:
 
 
 def _compensated_stage(
+    name: str,
     stage: tuple[tuple[str, ...], ...],
     teacher: nn.Module,
     student: nn.Module,
@@ -192,6 +194,6 @@ def _compensated_stage(
                 teacher_stream.through(teacher)
                 student_stream.through(student)
                 moments.add(mine[first], theirs[first])
-        compensator = Compensator(moments)
+        compensator = Compensator(moments, f"{name}.{first}")
         for layer in group:
             yield layer, *compensator.quantize(teacher.get_parameter(f"{layer}.weight"), rank)

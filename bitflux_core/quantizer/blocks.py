@@ -4,7 +4,6 @@ Legend: B batch, L image tokens, T text tokens, C packed latent channels, D widt
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bitflux_core.layers import BLOCKS
 REMEDY = "copy the model again"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class _Seam(nn.Module):
 class BlockSource:
     """The transformer in `directory`: each block when asked for, and the rest, on `device`.
 
-    UserError where the folder holds no FLUX transformer; for a tensor that is missing, misshapen or not finite, when
-    it is read.
+    UserError where the folder holds no FLUX transformer, or one that turns images into images; for a tensor that is
+    missing, misshapen, not finite or of a type that is no full-precision weight's, when it is read.
     """
 
     def __init__(self, directory: Path | str, device: torch.device | str, dtype: torch.dtype):
@@ -81,6 +81,12 @@ class BlockSource:
             raise UserError(
                 f"{self.directory}/config.json describes no FLUX transformer ({problem}): {REMEDY}"
             ) from error
+        config = self.empty.config
+        if config.out_channels not in (None, config.in_channels):
+            raise UserError(
+                f"{self.directory} makes {config.out_channels} channels of {config.in_channels}: "
+                "a FLUX that is given an image (Fill, Control) cannot be quantized without images"
+            )
         self._files = _tensor_files(self.directory)
         self.names = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(self.empty, kind)))]
         missing = sorted(self.empty.state_dict().keys() - self._files.keys())
@@ -124,6 +130,11 @@ class BlockSource:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
         expected = self.empty.get_parameter(name).shape
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"{file}: {name} has type {tensor.dtype}, which is quantized already or no weight: "
+                f"use a checkpoint in {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
+            )
         if tensor.shape != expected:
             raise UserError(f"{file}: {name} has shape {list(tensor.shape)} in place of {list(expected)}: {REMEDY}")
         if not tensor.isfinite().all():
@@ -134,7 +145,10 @@ class BlockSource:
 def _tensor_files(directory: Path) -> dict[str, str]:
     """File name of every tensor in the folder, by tensor name."""
     if (directory / INDEX).is_file():
-        return json.loads((directory / INDEX).read_text())["weight_map"]
+        places = read_json(directory / INDEX, REMEDY).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{directory / INDEX} holds no weight_map: {REMEDY}")
+        return places
     file = directory / SINGLE_FILE
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -38,10 +38,11 @@ class Calibration:
         text_ids_T3 = ready(torch.zeros(self.conditions.prompt_embeds_PTD.shape[1], 3))
         parts = (part.split(self.batch) for part in (states.latents_SLC, states.sigma_S, states.prompt_S))
         for latents_BLC, sigma_B, prompt_B in zip(*parts, strict=True):
+            guidance_B = torch.full((len(sigma_B),), self.guidance)
             yield {
                 "hidden_states": ready(latents_BLC),
                 "timestep": ready(sigma_B),
-                "guidance": ready(torch.full((len(sigma_B),), self.guidance)),
+                **({"guidance": ready(guidance_B)} if source.empty.config.guidance_embeds else {}),
                 "encoder_hidden_states": ready(self.conditions.prompt_embeds_PTD[prompt_B]),
                 "pooled_projections": ready(self.conditions.pooled_PD[prompt_B]),
                 "txt_ids": text_ids_T3,

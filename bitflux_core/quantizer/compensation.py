@@ -16,10 +16,12 @@ Legend: N output features, K input features, M tokens, R rank of the correction,
 import torch
 from torch import Tensor
 
+from bitflux_core.errors import UserError
 from bitflux_core.low_rank import LowRank, best_low_rank
 from bitflux_core.ternary import TernaryWeight, least_squares
 
 DAMPING = 0.001  # of the mean variance, added to every input's: few samples must not decide where they say nothing
+MOST_DAMPINGS = 14  # ten times more each: the last outweighs any covariance that is finite
 SCALE_FACTORS = (0.85, 1.0, 1.15)  # of the least-squares scale, to round with; each row keeps the best
 MOST_ROUNDS = 10
 CORRECTION_TURNS = 4  # of codes and correction: on the mini FLUX 1.4 dB more than one, and so many times the work
@@ -48,14 +50,22 @@ class InputMoments:
 
 
 class Compensator:
-    """What all layers with one input share: its covariances and their factors. The moments are used up in place."""
+    """What all layers with one input share: its covariances and their factors. The moments are used up in place.
 
-    def __init__(self, moments: InputMoments):
+    UserError naming `layer` where its inputs are not finite.
+    """
+
+    def __init__(self, moments: InputMoments, layer: str = "a layer"):
         count = moments.count
         self.student_K, self.teacher_K = moments.student_K / count, moments.teacher_K / count
         covariance_KK = moments.student_KK.div_(count).addr_(self.student_K, self.student_K, alpha=-1)
         # C - H: how the teacher's inputs differ from the student's, as far as the student's tell.
         self.shift_KK = moments.cross_KK.div_(count).addr_(self.teacher_K, self.student_K, alpha=-1).sub_(covariance_KK)
+        if not (covariance_KK.isfinite().all() and self.shift_KK.isfinite().all()):
+            raise UserError(
+                f"the calibration inputs of {layer} are not finite, or too large for float32: "
+                "check that the full-precision model draws images, and copy it again"
+            )
         diagonal_K = covariance_KK.diagonal()
         # Large variances first: their errors are the dear ones, and find the most columns to be carried to.
         self.order_K = diagonal_K.argsort(descending=True, stable=True)
@@ -156,14 +166,17 @@ def _damped_factors(covariance_KK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The covariance with something added to its diagonal, its lower factor, and the upper factor of its inverse.
 
     Sums of millions of products in float32 may leave a covariance a little indefinite: then ten times more is added.
+    ArithmeticError where no addition helps.
     """
     damping = DAMPING * covariance_KK.diagonal().mean().clamp(min=SMALLEST)
-    while True:
+    for _ in range(MOST_DAMPINGS):
         damped_KK = covariance_KK.clone()
         damped_KK.diagonal().add_(damping)
         factor_KK, failed = torch.linalg.cholesky_ex(damped_KK.double())
         if not failed:
             break
         damping = 10 * damping
+    else:
+        raise ArithmeticError("no damping makes the covariance of a layer's inputs positive definite")
     inverse_factor_KK = torch.linalg.cholesky(torch.cholesky_inverse(factor_KK), upper=True)
     return damped_KK, factor_KK.float(), inverse_factor_KK.float()

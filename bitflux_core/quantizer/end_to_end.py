@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from bitflux_core.checkpoint import empty_transformer, load_ternary, save_ternary
-from bitflux_core.distill import Conditions
+from bitflux_core.distill import Conditions, load_scheduler
 from bitflux_core.distill_checkpoint import load_tensors, save_tensors
 from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_recipe import EndToEndSettings, Record
@@ -97,7 +97,7 @@ class EndToEndTask:
         self.check(tokens, device)
         teacher = load_transformer("bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device=device, dtype=dtype)
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.pipeline_dir / "scheduler")
+        scheduler = load_scheduler(self.pipeline_dir)
         places = (self.trained, self.held_out)
         launch = self._launch(teacher, device)
         parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, launch)
@@ -122,7 +122,12 @@ class EndToEndTask:
         training.run(look)
 
     def check(self, tokens: int, device: torch.device) -> None:
-        """UserError where a step on `tokens` of text and image would not fit the GPU, or the GPUs not the batch."""
+        """UserError where a step on `tokens` of text and image would not fit the GPU, the GPUs not the batch, or the
+        optimizer not several GPUs.
+        """
+        by_adam = self.settings.optimizer == "adam"
+        if by_adam and self.gpus > 1:
+            raise UserError(f"AdamW trains on one GPU, not on {self.gpus}: take the factored optimizer")
         if self.settings.batch % self.gpus:
             raise UserError(
                 f"batches of {self.settings.batch} images on {self.gpus} GPUs: take a multiple of {self.gpus}"
@@ -136,7 +141,7 @@ class EndToEndTask:
             gpus=self.gpus,
             low_rank=self.low_rank,
             dtype=torch.bfloat16,
-            by_adam=self.settings.optimizer == "adam",
+            by_adam=by_adam,
             recomputed=self._launch(empty, device) != "graph",
         )
         check_memory(plan, device)

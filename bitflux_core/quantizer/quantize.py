@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, save_ternary
-from bitflux_core.distill import Conditions, sampler_sigmas
+from bitflux_core.distill import Conditions, load_scheduler, sampler_sigmas
 from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.errors import UserError
 from bitflux_core.generate import TextEncoder
@@ -32,6 +32,7 @@ from kernels.packing import Codes
 TABLE, PLOT = "snr.parquet", "snr.svg"
 LOG = "distill.parquet"
 ENCODE_BATCH = 32
+CONDITIONS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # they decide the states
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def quantize(
         dtype=dtype,
     )
     check_memory(required, device)
+    if settings.prompts or settings.end_to_end:
+        load_scheduler(pipeline_dir)  # it is used after the blocks, which take hours
     provenance = provenance_of(pipeline_dir, settings)
     task, prompts = None, None
     if settings.end_to_end:
@@ -116,8 +119,11 @@ def quantize(
             settings.low_rank,
         )
         task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
-    recipe = {**provenance, "arithmetic": f"{dtype} on {device.type}"}
-    work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
+    # Training has its recipe by itself: with other rates it begins again behind the same blocks.
+    recipe = {key: value for key, value in provenance.items() if key != "end_to_end"}
+    work = WorkFolder(output.with_name(f"{output.name}.partial"), {**recipe, "arithmetic": f"{dtype} on {device.type}"})
+    if task:
+        WorkFolder(task.directory, provenance["end_to_end"])
     calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
     reconstruction = None
     if settings.reconstruction_steps:
@@ -153,9 +159,18 @@ def quantize(
 
 
 def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> Conditions:
-    """The prompts' embeddings, on the CPU. The text encoders are gone from the device afterwards."""
+    """The prompts' embeddings, on the CPU. The text encoders are gone from the device afterwards.
+
+    UserError for embeddings that are not finite: no step on them would ever end in codes.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     embeddings = TextEncoder(pipeline_dir, device, dtype, sampling.max_sequence_length).encode(prompts, ENCODE_BATCH)
+    for prompt, embedding in zip(prompts, embeddings, strict=True):
+        if not (embedding.prompt_embeds.isfinite().all() and embedding.pooled.isfinite().all()):
+            raise UserError(
+                f"the text encoders of {pipeline_dir} give values that are not finite for '{prompt}': "
+                "copy the model again"
+            )
     image_ids_L3 = FluxPipeline._prepare_latent_image_ids(
         1,
         sampling.height // PIXELS_PER_TOKEN,
@@ -184,6 +199,8 @@ def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
         "batch": settings.batch,
         "seed": settings.seed,
     }
+    if settings.prompts or settings.end_to_end:
+        made_by["conditions"] = fingerprint(*(pipeline_dir / part for part in CONDITIONS))
     if settings.low_rank:
         made_by["low_rank"] = settings.low_rank
     if settings.end_to_end:
@@ -192,16 +209,12 @@ def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
 
 
 def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, work: WorkFolder) -> CalibrationSet:
-    """The calibration states that `work` holds, or new ones, which it then holds. UserError without a scheduler."""
+    """The calibration states that `work` holds, or new ones, which it then holds. UserError as `load_scheduler`."""
     conditions = encode(pipeline_dir, settings.prompts, settings.sampling, source.device)
     calibration = Calibration(conditions, settings.sampling.guidance, settings.batch)
     states = work.load_states()
     if states is None:
-        try:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline_dir / "scheduler")
-        except (OSError, ValueError) as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"{pipeline_dir} holds no scheduler ({problem}): copy the model again") from error
+        scheduler = load_scheduler(pipeline_dir)
         sigmas = sampler_sigmas(scheduler, settings.sampling.steps, len(conditions.image_ids_L3), torch.device("cpu"))
         states = calibration.trajectories(source, sigmas, settings.states_a_prompt, settings.seed)
         work.save_states(states)

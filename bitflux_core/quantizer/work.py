@@ -1,9 +1,10 @@
 """The folder of a quantization under way: one file a finished block, and the recipe that all of them follow."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bitflux_core.quantizer.snr import Snr
 
 RECIPE = "recipe.json"
 STATES = "states"
+MOST_NAMED = 3  # settings that differ, in one line
 
 
 class WorkFolder:
@@ -32,18 +34,21 @@ class WorkFolder:
         file = directory / RECIPE
         if file.is_file():
             found = read_json(file, f"remove {directory} and begin again")
-            differing = [key for key in sorted({*recipe, *found}) if recipe.get(key) != found.get(key)]
+            differing = list(itertools.islice(_differing(found, recipe), MOST_NAMED))
             if differing:
-                key = differing[0]
                 raise UserError(
-                    f"{directory} holds work of another recipe ({key}: {found.get(key)}, not {recipe.get(key)}): "
+                    f"{directory} holds work of another recipe ({'; '.join(differing)}): "
                     "give the same settings, or remove the folder"
                 )
-        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            return
+        begun = file.with_suffix(".tmp")  # of a process that was killed while it wrote the recipe
+        if directory.exists() and (not directory.is_dir() or any(path != begun for path in directory.iterdir())):
             raise UserError(f"{directory} is in use and holds no {RECIPE}: name another output")
-        else:
+        try:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(file, recipe)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be made ({error.strerror}): name another output") from error
 
     def holds(self, name: str) -> bool:
         return self._file(name).is_file()
@@ -84,3 +89,13 @@ class WorkFolder:
             return load_file(file), metadata
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}): remove it, the next run makes it again") from error
+
+
+def _differing(found: Mapping, wanted: Mapping, prefix: str = "") -> Iterator[str]:
+    """What differs, as `key: found, not wanted`, settings within settings each by itself."""
+    for key in sorted({*found, *wanted}):
+        theirs, mine = found.get(key), wanted.get(key)
+        if isinstance(theirs, dict) and isinstance(mine, dict):
+            yield from _differing(theirs, mine, f"{prefix}{key}.")
+        elif theirs != mine:
+            yield f"{prefix}{key}: {theirs}, not {mine}"

@@ -79,7 +79,22 @@ def test_a_lora_is_refused_with_the_reason(ternary_dir):
         loaded.load_lora_adapter({})
 
 
-def test_push_to_hub_uploads_the_folder_with_its_card(ternary_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [{"transformer.proj_out.lora_A.weight": torch.zeros(1, 1)}, "a-name", {}])
+def test_a_lora_on_the_pipeline_is_refused_with_the_reason(pipeline_dir, ternary_dir, lora):
+    """Whether PEFT is installed or not."""
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
+    pipeline = FluxPipeline.from_pretrained(pipeline_dir, transformer=loaded)
+    with pytest.raises(ValueError, match="LoRA cannot be added to ternary layers"):
+        pipeline.load_lora_weights(lora)
+    full_precision = FluxPipeline.from_pretrained(pipeline_dir)
+    with pytest.raises(ValueError, match=r"PEFT|LoRA|lora") as caught:  # diffusers' own words
+        full_precision.load_lora_weights({})
+    assert "ternary" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub was sent."""
     seen = {}
 
     class Api:
@@ -91,13 +106,31 @@ def test_push_to_hub_uploads_the_folder_with_its_card(ternary_dir, tmp_path, mon
             return type("Repository", (), {"repo_id": f"me/{name}"})
 
         def upload_folder(self, repo_id, folder_path, **options):
-            seen.update(repo_id=repo_id, files=sorted(path.name for path in Path(folder_path).iterdir()))
+            folder = Path(folder_path)
+            seen.update(repo_id=repo_id, files=sorted(path.name for path in folder.iterdir()), **options)
+            seen["card"] = (folder / "README.md").read_text()
+            return "an address"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: pytest.fail("diffusers' own upload"))
+    return seen
+
+
+def test_saving_to_the_hub_uploads_the_folder_with_its_card(ternary_dir, tmp_path, hub):
     loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
     loaded.save_pretrained(tmp_path / "flux-ternary", push_to_hub=True, token="t")
-    assert (seen["token"], seen["name"], seen["repo_id"]) == ("t", "flux-ternary", "me/flux-ternary")
-    assert {"README.md", "config.json"} < set(seen["files"])
+    assert (hub["token"], hub["name"], hub["repo_id"]) == ("t", "flux-ternary", "me/flux-ternary")
+    assert {"README.md", "config.json"} < set(hub["files"])
+    assert "# Ternary FLUX transformer" in hub["card"]
+
+
+def test_push_to_hub_uploads_our_card_not_a_blank_one(ternary_dir, hub):
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
+    assert loaded.push_to_hub("twin", "Better codes", token="t", subfolder="transformer") == "an address"
+    assert (hub["token"], hub["repo_id"]) == ("t", "me/twin")
+    assert (hub["commit_message"], hub["path_in_repo"]) == ("Better codes", "transformer")
+    assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} == set(hub["files"])
+    assert "# Ternary FLUX transformer" in hub["card"]
 
 
 def test_another_format_is_named(copy):

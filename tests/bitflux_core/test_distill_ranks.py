@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions
+from bitflux_core.distill_checkpoint import latest_checkpoint
 from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import EndToEnd
 
@@ -78,11 +80,27 @@ def rank_of_two(rank: int, port: int, folder, steps: int) -> None:
     dist.destroy_process_group()
 
 
-def on_two_ranks(folder, steps: int) -> None:
+def rank_that_is_stopped(rank: int, port: int, folder, stops: tuple[int, ...]) -> None:
+    """Trains to each of `stops`, every time from the checkpoint that the time before left."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    begun = 0
+    for stop in stops:
+        run = training(folder, mesh)
+        assert run.step == begun
+        while run.step < stop:
+            run.train_step()
+        run.save()
+        begun = stop
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder, steps: object, work=rank_of_two) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.spawn(rank_of_two, (port, folder, steps), nprocs=2)
+    mp.spawn(work, (port, folder, steps), nprocs=2)
 
 
 @pytest.mark.slow
@@ -119,3 +137,16 @@ def test_two_ranks_learn_as_one_does(tmp_path):
         assert mine.codes_flipped == pytest.approx(theirs.codes_flipped, rel=0.1, abs=1e-4)
     assert shared[-1].loss < 0.9 * shared[1].loss
     assert shared[-1].held_out < shared[0].held_out
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_their_checkpoint_to_the_same_bits(tmp_path):
+    on_two_ranks(tmp_path / "whole", (5,), rank_that_is_stopped)
+    on_two_ranks(tmp_path / "stopped", (2, 5), rank_that_is_stopped)
+    whole, stopped = (latest_checkpoint(tmp_path / name).folder for name in ("whole", "stopped"))
+    files = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(files) == 3  # two blocks and the rest
+    for name in files:
+        mine, theirs = load_file(stopped / name), load_file(whole / name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())

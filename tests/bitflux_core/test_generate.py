@@ -167,6 +167,20 @@ def test_a_text_encoder_without_a_tensor_is_refused(pipeline_dir, tmp_path):
         TextEncoder(folder, "cpu", torch.float32, 16)
 
 
+def spoil_a_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    tensors[sorted(tensors)[-1]].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_text_encoder_that_is_not_finite_is_refused(pipeline_dir, tmp_path, part):
+    folder = shutil.copytree(pipeline_dir, tmp_path / "copy")
+    spoil_a_tensor(folder / part / "model.safetensors")
+    with pytest.raises(UserError, match=f"{part} holds values that are not finite in .*: copy the model again"):
+        TextEncoder(folder, "cpu", torch.float32, 16)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -181,9 +195,13 @@ def test_a_text_encoder_without_a_tensor_is_refused(pipeline_dir, tmp_path):
             lambda folder: drop_a_tensor(folder / "vae" / "diffusion_pytorch_model.safetensors"),
             "vae has missing keys such as",
         ),
+        (
+            lambda folder: spoil_a_tensor(folder / "vae" / "diffusion_pytorch_model.safetensors"),
+            "vae holds values that are not finite",
+        ),
         (lambda folder: (folder / "model_index.json").write_text("{}"), "cannot be loaded"),
     ],
-    ids=["no folder", "torn index", "no VAE", "damaged VAE", "VAE without a tensor", "empty index"],
+    ids=["no folder", "torn index", "no VAE", "damaged VAE", "VAE without a tensor", "VAE of NaN", "empty index"],
 )
 def test_a_damaged_pipeline_is_named_in_one_line(pipeline_dir, tmp_path, transformer, damage, words):
     folder = shutil.copytree(pipeline_dir, tmp_path / "copy")

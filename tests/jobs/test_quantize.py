@@ -1,6 +1,7 @@
 """jobs/quantize.py: what it writes loads, and nothing is written over."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bitflux_core.checkpoint import load_ternary
+from bitflux_core.generate import ImageGenerator, TextEncoder
 from cluster.manifests import REPOSITORY
 from cluster.profile import load_profile
 from jobs import quantize
@@ -54,6 +56,22 @@ def test_a_folder_in_use_is_left_alone(models, profile, capsys, monkeypatch):
     assert quantize.main(["--profile", profile, "--output", str(models / "ternary")]) == 2
     assert "ternary is in use" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (models / "ternary").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [(".", "names no new folder"), ("notes.txt/twin", "notes.txt, which is a file"), ("notes.txt", "is in use")],
+)
+def test_a_place_that_cannot_hold_a_checkpoint_is_refused(
+    models, profile, tmp_path, capsys, monkeypatch, output, words
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("mine") if output != "." else None
+    monkeypatch.chdir(tmp_path / "empty")
+    assert quantize.main(["--profile", profile, "--init", "absmean", "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_a_checkpoint_made_again_lies_elsewhere_and_is_compared(models, make_profile, tmp_path, capsys, monkeypatch):
@@ -155,6 +173,30 @@ def test_training_without_prompts_is_refused(models, profile, tmp_path, capsys):
     arguments = ["--init", "least-squares", "--distill-steps", "4", "--output", str(tmp_path / "twin")]
     assert quantize.main(["--profile", profile, *arguments]) == 2
     assert "no prompts to train on: give --calibration a file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_mini_profile_quantizes_on_a_cpu_and_its_twin_draws(tmp_path):
+    """All that `--profile mini` does on a GPU, compensation and training by AdamW, on a few states."""
+    few = ["--calibration-prompts", "2", "--states-a-prompt", "1", "--distill-prompts", "64"]
+    training = ["--distill-steps", "2", "--distill-batch", "2"]
+    output = tmp_path / "twin"
+    command = [sys.executable, "jobs/quantize.py", "--profile", "mini", *few, *training, "--output", str(output)]
+    # Its many small operations are slower on several cores that others use too.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "distill: step 2/2" in done.stdout
+    profile = load_profile("mini")
+    folder = REPOSITORY / profile.models.pipeline
+    [embedding] = TextEncoder(folder, "cpu", torch.float32, profile.sampling.max_sequence_length).encode(
+        ["a red circle"]
+    )
+    twin = load_ternary(output, dtype=torch.float32, device="cpu")
+    image = ImageGenerator(twin, folder, "cpu", torch.float32).draw([embedding], [1], profile.sampling)
+    assert image.shape == (1, profile.sampling.height, profile.sampling.width, 3)
+    assert image.std() > 5  # no even grey
 
 
 @pytest.mark.slow  # a Ray of its own

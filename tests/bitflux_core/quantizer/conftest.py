@@ -28,6 +28,13 @@ def lively_dir(pipeline_dir, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def broken_dir(lively_dir, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(lively_dir, tmp_path / "flux")
+    return tmp_path / "flux"
+
+
 @pytest.fixture(scope="session")
 def settings():
     """Makes QuantizeSettings of a few states, with changes."""

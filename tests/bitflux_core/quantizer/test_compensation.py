@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bitflux_core.errors import UserError
 from bitflux_core.quantizer import compensation
 from bitflux_core.quantizer.compensation import Compensator, InputMoments
 from bitflux_core.ternary import least_squares
@@ -103,6 +104,26 @@ def test_a_covariance_a_little_indefinite_is_damped_more():
     damped_KK, factor_KK, inverse_factor_KK = compensation._damped_factors(covariance_KK)
     torch.testing.assert_close(factor_KK @ factor_KK.T, damped_KK)
     torch.testing.assert_close(inverse_factor_KK.T @ inverse_factor_KK @ damped_KK, torch.eye(3))
+
+
+def test_a_covariance_that_no_damping_mends_is_an_error_and_no_endless_loop():
+    with pytest.raises(ArithmeticError, match="no damping"):
+        compensation._damped_factors(torch.full((3, 3), torch.nan))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_inputs_that_are_not_finite_are_refused_with_the_layer(correlated_MK, value, whose):
+    broken_MK = correlated_MK.clone()
+    broken_MK[5, 3] = value
+    inputs = (broken_MK, correlated_MK) if whose == "student" else (correlated_MK, broken_MK)
+    moments = InputMoments(COLUMNS, torch.device("cpu"))
+    moments.add(*inputs)
+    if value == 1e30 and whose == "teacher":
+        Compensator(moments)  # large, but no product of it is too large
+        return
+    with pytest.raises(UserError, match=r"inputs of proj_out are not finite"):
+        Compensator(moments, "proj_out")
 
 
 def test_a_correction_takes_up_more_of_the_error_the_higher_its_rank(correlated_MK, generator):

@@ -1,5 +1,6 @@
 """The end-to-end phase of a quantization: better than its start, resumed to the same codes, refused before work."""
 
+import shutil
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
+from bitflux_core.quantizer import block_walk
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
 
@@ -100,6 +102,36 @@ def test_too_little_memory_is_refused_before_any_work(trained, lively_dir, tmp_p
 def test_a_batch_that_the_gpus_cannot_share_is_refused(trained, lively_dir, tmp_path):
     with pytest.raises(UserError, match="batches of 4 images on 3 GPUs"):
         quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore, 3, lambda _: pytest.fail("began"))
+
+
+def test_adamw_on_several_gpus_is_refused_before_any_work(trained, lively_dir, tmp_path):
+    with pytest.raises(UserError, match="AdamW trains on one GPU, not on 2: take the factored optimizer"):
+        quantize(lively_dir, tmp_path / "twin", trained(optimizer="adam"), CPU, ignore, 2, lambda _: None)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_training_that_diverges_ends_in_one_line_and_begins_again_behind_the_same_blocks(
+    trained, lively_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        errors = iter([0.5, float("nan")])
+        patch.setattr(EndToEnd, "held_out_error", lambda _self: next(errors))
+        with pytest.raises(UserError, match=r"at step 2 are not finite: take a lower learning rate \(--distill-rate\)"):
+            quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
+    gentler = trained(latent_lr=1e-3)
+    partial = tmp_path / "twin.partial"
+    with pytest.raises(UserError, match=r"end-to-end holds work .* \(latent_lr: 0.005, not 0.001\): .* remove"):
+        quantize(lively_dir, tmp_path / "twin", gentler, CPU, ignore)
+    shutil.rmtree(partial / "end-to-end")
+    monkeypatch.setattr(block_walk, "_quantize_block", lambda *_: pytest.fail("the blocks were there"))
+    quantize(lively_dir, tmp_path / "twin", gentler, CPU, ignore)
+    assert (tmp_path / "twin" / LOG).is_file()
+
+
+def test_a_teacher_that_gives_no_numbers_is_not_blamed_on_the_rate(trained, lively_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(EndToEnd, "held_out_error", lambda _self: float("nan"))
+    with pytest.raises(UserError, match="at step 0 are not finite: copy the full-precision model again"):
+        quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
 
 
 def test_training_elsewhere_that_did_not_end_is_said(trained, lively_dir, tmp_path):

@@ -1,0 +1,165 @@
+"""What a quantization refuses, in one line and before it costs time; and what it leaves of work that is there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitflux_core.errors import UserError
+from bitflux_core.generate import PromptEmbedding, TextEncoder
+from bitflux_core.quantizer import memory
+from bitflux_core.quantizer.quantize import quantize
+from bitflux_core.quantizer.work import WorkFolder
+
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def ignore(_name, _rows):
+    pass
+
+
+def test_work_of_another_recipe_is_refused_and_left(settings, lively_dir, tmp_path):
+    def die(_name, _rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(lively_dir, tmp_path / "twin", settings(), CPU, die)
+    before = sorted((tmp_path / "twin.partial").iterdir())
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0, not 1\)"):
+        quantize(lively_dir, tmp_path / "twin", settings(seed=1), CPU, ignore)
+    assert sorted((tmp_path / "twin.partial").iterdir()) == before
+
+
+def test_compensation_without_prompts_is_refused(settings, lively_dir, tmp_path):
+    with pytest.raises(UserError, match="need calibration prompts"):
+        quantize(lively_dir, tmp_path / "twin", settings(prompts=()), CPU, ignore)
+
+
+def change_config(folder, **changes):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"_class_name": "UNet2DModel"}, "holds UNet2DModel"),
+        ({"quantization_config": {"quant_method": "bitflux"}}, "ternary already"),
+    ],
+)
+def test_a_model_that_is_no_full_precision_flux_is_refused(settings, broken_dir, tmp_path, changes, problem):
+    change_config(broken_dir, **changes)
+    with pytest.raises(UserError, match=problem):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_a_missing_weight_is_named(settings, broken_dir, tmp_path):
+    file = broken_dir / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["transformer_blocks.0.attn.to_q.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"lacks tensor transformer_blocks.0.attn.to_q.weight"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_a_weight_that_is_not_finite_is_named(settings, broken_dir, tmp_path):
+    file = broken_dir / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors["single_transformer_blocks.0.proj_out.weight"][0, 0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"single_transformer_blocks.0.proj_out.weight holds values that are not finite"
+    ):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float8_e4m3fn, "type torch.float8_e4m3fn"),
+        (torch.int8, "type torch.int8"),
+        (torch.float64, "type torch.float64"),
+    ],
+)
+def test_weights_that_are_quantized_already_are_refused(settings, broken_dir, tmp_path, dtype, said):
+    file = broken_dir / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=rf"{name} has {said}.*use a checkpoint in float32, float16, bfloat16"):
+        quantize(broken_dir, tmp_path / "twin", settings(init="least-squares", prompts=()), CPU, ignore)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": ["a"]}', "[]"])
+def test_a_torn_index_is_refused(settings, broken_dir, tmp_path, text):
+    (broken_dir / "transformer" / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json .*: copy the model again"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_a_model_that_is_given_an_image_is_refused(settings, broken_dir, tmp_path):
+    change_config(broken_dir, in_channels=128, out_channels=64)
+    with pytest.raises(UserError, match=r"makes 64 channels of 128.*Fill, Control"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_another_scheduler_is_refused_before_any_work(settings, broken_dir, tmp_path):
+    file = broken_dir / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"}))
+    with pytest.raises(UserError, match=r"scheduler holds DDIMScheduler: .* FlowMatchEulerDiscreteScheduler"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def test_text_encoders_that_give_no_numbers_are_refused(settings, lively_dir, tmp_path, monkeypatch):
+    inner = TextEncoder.encode
+
+    def encode(self, prompts, batch):
+        first, *rest = inner(self, prompts, batch)
+        return [PromptEmbedding(first.prompt_embeds, first.pooled * torch.inf), *rest]
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    with pytest.raises(UserError, match="not finite for 'a photo of a circle'"):
+        quantize(lively_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_states_of_other_text_encoders_are_not_taken(settings, broken_dir, tmp_path):
+    def die(_name, _rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, die)
+    file = broken_dir / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"another recipe \(conditions: \w+, not \w+\)"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
+def test_what_a_kill_leaves_of_the_recipe_is_no_hindrance(settings, lively_dir, tmp_path):
+    (tmp_path / "twin.partial").mkdir()
+    (tmp_path / "twin.partial" / "recipe.tmp").write_text("{")
+    quantize(lively_dir, tmp_path / "twin", settings(init="least-squares", prompts=()), CPU, ignore)
+    assert (tmp_path / "twin" / "config.json").is_file()
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "notes").write_text("mine")
+    with pytest.raises(UserError, match=r"in use and holds no recipe\.json"):
+        quantize(lively_dir, tmp_path / "other", settings(init="least-squares", prompts=()), CPU, ignore)
+
+
+def test_only_what_differs_is_named_of_another_recipe(tmp_path):
+    recipe = {"sampling": {"width": 64, "steps": 4}, "seed": 0, "init": "compensated"}
+    WorkFolder(tmp_path / "work", recipe)
+    with pytest.raises(UserError, match=r"another recipe \(sampling\.steps: 4, not 8; seed: 0, not 1\): give"):
+        WorkFolder(tmp_path / "work", {**recipe, "sampling": {"width": 64, "steps": 8}, "seed": 1})
+
+
+def test_too_little_gpu_memory_is_said_with_the_figure(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10_000_000_000, 80_000_000_000))
+    with pytest.raises(UserError, match=r"about 34\.5 GB of GPU memory, 10\.0 GB are free"):
+        memory.check_memory(34_500_000_000, torch.device("cuda"))
+    memory.check_memory(9_000_000_000, torch.device("cuda"))
