@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from bitflux_core.errors import UserError
+from bitflux_core.mini import compositions
 from bitflux_core.mini.world import benchmark_prompts
 from cluster.manifests import MANIFESTS, REPOSITORY
 from cluster.prompt_parsers import CATEGORIES
@@ -69,6 +70,11 @@ def test_mini_geneval_has_genevals_tags_and_counts():
 def test_mini_geneval_is_the_worlds_own_sample():
     recorded = [prompt.metadata for prompt in load_workload("mini-geneval").prompts]
     assert recorded == [spec.metadata() for spec in benchmark_prompts()]
+
+
+def test_mini_compbench_is_the_worlds_own_sample():
+    recorded = [prompt.metadata for prompt in load_workload("mini-t2i-compbench").prompts]
+    assert recorded == [compositions.metadata(spec) for spec in compositions.benchmark_prompts()]
 
 
 def test_official_geneval_from_a_data_dir(upstream):
