@@ -47,9 +47,11 @@ def scores_of(plan: Plan, store: ResultStore) -> Scores:
         rows[row["variant"], row["benchmark"]].append(row)
     expected = images_by_tag(plan)
     estimates = {
-        (variant, benchmark): interval(rows[variant, benchmark], expected=expected[benchmark])
+        (variant, name): interval(
+            rows[variant, name], expected=expected[name], images_per_prompt=workload.images_per_prompt
+        )
         for variant in plan.variants
-        for benchmark in expected
+        for name, workload in plan.workloads.items()
     }
     # Files of schema version 1 have no such column.
     n_halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
@@ -62,6 +64,8 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
         console.print(_comparison_table([c for c in scores.comparisons if c.variant == variant]))
     if not scores.comparisons:
         console.print(_score_table(scores))
+    for line in _correct_lines(scores):
+        console.print(line)
     console.print(_model_table(summary.models))
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
@@ -138,6 +142,17 @@ def _score_table(scores: Scores) -> Table:
             bounds = _bounds(e.ci_low, e.ci_high)
             _add_tag(table, benchmark, e.tag, _percent(e.score), bounds, str(e.n_expected), str(e.n_failed))
     return table
+
+
+def _correct_lines(scores: Scores) -> list[str]:
+    """GenEval's summary of all images and all prompts, a line a variant and benchmark that is right or wrong."""
+    overall = [(names, estimates[-1]) for names, estimates in scores.estimates.items()]
+    return [
+        f"{benchmark}, {variant}: {_percent(e.images_correct)} % correct images, "
+        f"{_percent(e.prompts_correct)} % correct prompts"
+        for (variant, benchmark), e in overall
+        if e.images_correct is not None or e.prompts_correct is not None
+    ]
 
 
 def _tag_table(title: str, numbers: tuple[str, ...]) -> Table:

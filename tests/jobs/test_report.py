@@ -40,10 +40,12 @@ def report(tmp_path: Path):
                     "pair_id": sample.pair_id,
                     "tag": sample.tag,
                     "prompt_index": sample.prompt_index,
-                    "score": score(shard.key.variant, sample),
+                    "score": found,
+                    "correct": None if found is None else found > 0.5,
                     "drawn_batch_size": 2 if sample.tag == halved else None,
                 }
                 for sample in shard.samples
+                for found in [score(shard.key.variant, sample)]
             ]
             store.commit(shard.key, rows, None)
         models = [ModelMetrics(v, 23_840_000_000, 3_660_000_000, "cuda-peak", 1.25, "print") for v in plan.variants]
@@ -67,6 +69,10 @@ def test_two_variants_side_by_side(report):
     assert overall == ["mini-geneval", "overall", "83.3", "41.7", "-41.7", "-41.7", "to", "-41.7", "-", "24", "0"]
     assert ["ternary", "23.84", "GB", "3.66", "GB", "1.25", "print"] in lines
     assert any("CUDA" in line for line in lines)
+    # Of 24 images and 12 prompts, those of position are all wrong; else bf16's are right, and ternary's first ones.
+    said = [" ".join(line) for line in lines]
+    assert "mini-geneval, bf16: 83.3 % correct images, 83.3 % correct prompts" in said
+    assert "mini-geneval, ternary: 41.7 % correct images, 83.3 % correct prompts" in said
     assert len(comparisons) == 7
 
 
