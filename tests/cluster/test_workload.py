@@ -246,6 +246,14 @@ def test_lines_of_any_end_and_alphabet(tmp_path):
     assert prompts[0].metadata == {"category": "color", "prompt": "a caf\u00e9"}
 
 
+def test_a_complex_prompt_has_the_kind_of_its_first_sentence_in_any_case(tmp_path):
+    lists = {"spatial": b"The cat is near the dog.\n", "action": b"A Hat hung. It was red.\n", "spatialaction": b"x\n"}
+    files = [{"path": kind, "role": f"complex-{kind}"} for kind in lists]
+    asked = b"the Cat is near the dog. Both are red.\na hat hung\n"
+    workload = compbench(tmp_path, {"path": "list", "tag": "complex"}, *files, list=asked, **lists)
+    assert [prompt.metadata["kind"] for prompt in load_workload(workload).prompts] == ["spatial", "action"]
+
+
 @pytest.mark.parametrize(
     ("file", "named"),
     [

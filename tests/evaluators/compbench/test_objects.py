@@ -34,6 +34,13 @@ def test_overlaps_are_removed_within_a_class_only():
     assert [(one.label, one.score) for one in kept] == [("a", 0.9), ("a", 0.7), ("b", 0.5)]
 
 
+@pytest.mark.parametrize(("height", "left"), [(49.0, 2), (50.0, 2), (51.0, 1)])
+def test_a_class_loses_what_overlaps_by_more_than_a_half(height, left):
+    """The second box lies inside the first one, so its share of that is the IoU."""
+    found = [Detection("a", 0.9, (0.0, 0.0, 100.0, 100.0)), Detection("a", 0.8, (0.0, 0.0, 100.0, height))]
+    assert len(framed(found, 479, 479)) == left
+
+
 def test_at_most_300_boxes():
     assert len(framed([at(str(i), 50, 50, score=0.5) for i in range(310)], 479, 479)) == 300
 
