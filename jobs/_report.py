@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Rows = dict[tuple[str, str], list[dict]]  # by variant and benchmark
 
 BASELINE = "bf16"
-ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score", "correct"]
+ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score", "correct", "reason"]
 HALVED = "drawn_batch_size"
 MEMORY = {
     "cuda-peak": "peak memory (all that CUDA allocated)",
@@ -36,6 +36,7 @@ class Scores:
 
     estimates: dict[tuple[str, str], list[Estimate]]  # by variant and benchmark
     comparisons: list[Comparison]
+    judged: list[str]  # how each benchmark whose scores are not right or wrong was judged: the reasons in its rows
     n_halved: int  # images drawn in smaller batches than planned
 
 
@@ -55,7 +56,7 @@ def scores_of(plan: Plan, store: ResultStore) -> Scores:
     }
     # Files of schema version 1 have no such column.
     n_halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
-    return Scores(estimates, compare_variants(plan, rows), n_halved)
+    return Scores(estimates, compare_variants(plan, rows), _judged(plan, rows), n_halved)
 
 
 def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary", scores: Scores) -> None:
@@ -69,6 +70,8 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
     console.print(_model_table(summary.models))
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
+    for line in scores.judged:
+        console.print(line)
     console.print(f"results: {store.run_uri}", soft_wrap=True)
     if scores.n_halved:
         print(
@@ -99,6 +102,16 @@ def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:
             expected=expected,
         )
     ]
+
+
+def _judged(plan: Plan, rows: Rows) -> list[str]:
+    """Of T2I-CompBench the mode and what took the prompts apart, as the rows say; another chunker asks otherwise."""
+    lines = []
+    for name in plan.workloads:
+        scored = (row for v in plan.variants for row in rows[v, name] if row["correct"] is None and row["reason"])
+        if reasons := sorted({row["reason"] for row in scored}):
+            lines.append(f"{name} was judged by: {'; '.join(reasons)}")
+    return lines
 
 
 def counts(summary: "RunSummary") -> dict[str, int]:
