@@ -294,7 +294,6 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
     at(0, 0).write_bytes(noise.getvalue()[:-2000])
     at(0, 1).write_text("<html>404</html>")
     at(0, 2).write_bytes(b"")
-    at(0, 3).unlink()
     save(at(1, 0), Image.fromarray(pixels).convert("RGBA"))
     save(at(1, 1), Image.fromarray(pixels[..., 0]))
     save(at(1, 2), Image.fromarray(pixels.astype(np.uint16)[..., 0] * 256))
@@ -308,13 +307,14 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
     at(3, 0).symlink_to(folder / "nowhere")
     at(3, 1).unlink()
     at(3, 1).symlink_to(folder / "00004")
+    save(at(0, 3), Image.new("RGB", (3000, 1)))
     save(at(2, 2), Image.fromarray(pixels))  # of another size, and good
-    save(at(2, 3), Image.fromarray(pixels[:1, :1]), "JPEG")  # so is this, under the wrong name
+    save(at(2, 3), Image.fromarray(pixels[:1, :16]), "JPEG")  # so is this, long and under the wrong name
     return {
         (0, 0): "cannot be read",
         (0, 1): "not a PNG",
         (0, 2): "not a PNG",
-        (0, 3): "no such file",
+        (0, 3): "3000x1 pixels, one side over 16 times the other",
         (1, 0): "mode RGBA",
         (1, 1): "mode L",
         (1, 2): "mode I;16",

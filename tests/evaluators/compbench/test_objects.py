@@ -9,7 +9,13 @@ from evaluators.compbench.objects import first_and_last_noun, frame_scale, frame
 
 @pytest.mark.parametrize(
     ("size", "frame"),
-    [((1024, 1024), (479, 479)), ((128, 128), (479, 479)), ((479, 480), (479, 480)), ((512, 1024), (240, 480))],
+    [
+        ((1024, 1024), (479, 479)),
+        ((128, 128), (479, 479)),
+        ((479, 480), (479, 480)),
+        ((512, 1024), (240, 480)),
+        ((1, 3000), (1, 480)),
+    ],
 )
 def test_the_short_side_becomes_479_and_the_long_one_480_at_most(size, frame):
     height, width = size
