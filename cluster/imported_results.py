@@ -24,6 +24,8 @@ from cluster.rows import ScoredImage
 from cluster.store import ResultStore
 from evaluators.base import NoImage, Score, image_fault
 
+THEIR_SCORES = "their scores"  # the reason of a score that says none itself
+
 
 @dataclass(frozen=True)
 class RecordedScores:
@@ -93,13 +95,19 @@ def _geneval(content: bytes) -> Iterator[tuple[str, Score]]:
 
 def _compbench(content: bytes, images: Sequence[str]) -> Iterator[tuple[str, Score]]:
     """Upstream numbers results by the files' own numbers in some categories, by their order in others."""
-    answers = {int(result["question_id"]): float(result["answer"]) for result in json.loads(content)}
-    if not all(map(math.isfinite, answers.values())):
-        raise ValueError("an answer is no number")
+    answers: dict[int, float] = {}
+    for result in json.loads(content):
+        question, answer = int(result["question_id"]), float(result["answer"])
+        if question in answers:
+            raise ValueError(f"question_id {question} stands there twice")
+        if not math.isfinite(answer):
+            raise ValueError(f"the answer to question_id {question} is no number")
+        answers[question] = answer
     numbers = {name: int(re.findall(r"\d+", name)[-1]) for name in images}
     in_order = sorted(images, key=lambda name: numbers[name])
-    if len(answers) == len(images):
-        answers = {numbers[name]: answers[key] for name, key in zip(in_order, sorted(answers), strict=True)}
+    by_number = answers.keys() == set(numbers.values())
+    if not by_number and answers.keys() == set(range(len(images))):
+        numbers = {name: place for place, name in enumerate(in_order)}
     for name in in_order:
         if numbers[name] in answers:
-            yield name, Score(answers[numbers[name]], None, "")
+            yield name, Score(answers[numbers[name]], None, THEIR_SCORES)

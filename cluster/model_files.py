@@ -31,6 +31,9 @@ MARKERS = {
     "judge": ("config.json",),
 }
 LANGUAGE = "language"  # a role that is no folder
+UNNAMED = "(not named)"
+# Upstream's ShareGPT4V-7B is of LLaVA's architecture, but not in transformers' format.
+JUDGE_EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -48,7 +51,8 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Need:
-    """A model that a run needs: its role, what the profile calls it, where it was found, and else how to get it."""
+    """A model that a run needs: its role, what the profile calls it (`UNNAMED` where it does not), where it was found,
+    and else how to get it."""
 
     role: str
     name: str
@@ -87,12 +91,12 @@ def locate(profile: Profile, roles: Iterable[str]) -> dict[str, Path]:
 
 
 def survey(profile: Profile, roles: Iterable[str]) -> list[Need]:
-    """Each of these models of a profile, found or not. UserError for one that the profile does not name."""
-    declared = {role: getattr(profile.models, role) for role in roles}
-    unnamed = [f"models.{role}" for role, name in declared.items() if name is None]
-    if unnamed:
-        raise UserError(f"profile {profile.name}: {', '.join(unnamed)} is needed for this run; add it to the profile")
-    return [Need(role, name, _find(name, MARKERS[role]), _remedy(role, profile)) for role, name in declared.items()]
+    """Each of these models of a profile, found or not; one that the profile does not name is not found."""
+    declared: dict[str, str | None] = {role: getattr(profile.models, role) for role in roles}
+    return [
+        Need(role, name or UNNAMED, _find(name, MARKERS[role]) if name else None, _remedy(role, profile))
+        for role, name in declared.items()
+    ]
 
 
 def fingerprints(files: ModelFiles, variants: Iterable[str]) -> dict[str, str]:
@@ -129,9 +133,12 @@ def _find(name: str, markers: Iterable[str]) -> Path | None:
 
 
 def _remedy(role: str, profile: Profile) -> str:
+    name: str | None = getattr(profile.models, role)
+    if name is None:
+        example = f", such as {JUDGE_EXAMPLE}" if role == "judge" else ""
+        return f"add models.{role} to the profile: a hub id or a local folder{example}"
     if role == "ternary":
         return f"make it: python jobs/quantize.py --profile {profile.name}"
-    name = getattr(profile.models, role)
     if HUB_ID.fullmatch(name):
         return f"get it: hf download {name}; or name a local folder in the profile"
     return f"no folder of that name holds a {' or '.join(MARKERS[role])}; correct models.{role} in the profile"

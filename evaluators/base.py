@@ -76,6 +76,10 @@ class PromptedDetector(Protocol):
         """Each image's detections of its own `names`, best first, labelled as asked. ValueError as for a Detector."""
         ...
 
+    def detect_faint(self, image: np.ndarray, names: Sequence[str]) -> list[Detection]:
+        """Candidates in one image that is asked for these names, best first, those of low score included."""
+        ...
+
 
 class QuestionAnswerer(Protocol):
     """Answers yes-or-no questions about images."""

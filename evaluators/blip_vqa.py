@@ -1,7 +1,8 @@
 """BLIP as T2I-CompBench asks it: how likely "yes" is as the answer to a question about an image.
 
 transformers' BLIP (Li et al. 2022) does not mark a question as its authors' code does, and its own generation gives no
-probabilities, so the parts are called here. The official weights are the port `blip-vqa-capfilt-large`.
+probabilities, so the parts are called here. The official weights are the port `blip-vqa-capfilt-large`; its
+configuration says 384, but the protocol shows the model 480x480 pixels, as it was trained on questions.
 
 Legend: N questions, B a batch, T tokens, V vocabulary.
 """
@@ -22,12 +23,18 @@ from evaluators.inference import exact_inference, fingerprint, load_pretrained, 
 
 ROLE = "VQA model"
 QUESTION_TOKENS = 35
+PROTOCOL_SIDE = 480  # pixels of the square that the model is shown ...
+PORTED_SIDE = 384  # ... where the published port of it was configured for these
 DELETED = str.maketrans("", "", '.!"()*#:;~')
 YES, NO = "yes", "no"
 
 
 class BlipQuestionAnswerer:
-    """A BLIP model in transformers' folder format. The image's side is the model's own (480 for the official one)."""
+    """A BLIP model in transformers' folder format.
+
+    Images are squeezed into a square, whose side is the protocol's 480 for the published port, and any other model's
+    own. The port's position embeddings are resized to it, as BLIP's authors do.
+    """
 
     def __init__(self, model_dir: str | Path, device: str | torch.device = "cpu", *, batch_size: int = 8) -> None:
         """Raises UserError where the folder is missing, incomplete or damaged."""
@@ -46,10 +53,11 @@ class BlipQuestionAnswerer:
         if self.encode_id >= text.vocab_size or self.tokenizer.unk_token_id in (self.yes_id, self.no_id):
             raise unloadable(folder, ROLE, "its vocabulary lacks [ENC], 'yes' or 'no'")
         self.tokens = min(QUESTION_TOKENS, text.max_position_embeddings)
-        self.side = self.model.config.vision_config.image_size
+        self.own_side = int(self.model.config.vision_config.image_size)
+        self.side = PROTOCOL_SIDE if self.own_side == PORTED_SIDE else self.own_side
         self.device = torch.device(device)
         self.batch_size = batch_size
-        self.fingerprint = fingerprint(folder, batch_size)
+        self.fingerprint = fingerprint(folder, self.side, batch_size)
 
     def probability_of_yes(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) for each image and its own question; an image may be given several times over.
@@ -86,11 +94,13 @@ class BlipQuestionAnswerer:
         parts = []
         for part in pixels.split(self.batch_size):
             padded = pad_batch(part, self.batch_size).to(self.device)
-            parts.append(self.model.vision_model(pixel_values=padded).last_hidden_state[: len(part)].cpu())
+            resized = self.side != self.own_side
+            seen = self.model.vision_model(pixel_values=padded, interpolate_pos_encoding=resized)
+            parts.append(seen.last_hidden_state[: len(part)].cpu())
         return torch.cat(parts)
 
     def _pixels(self, image: np.ndarray) -> Tensor:
-        """Bicubic to the model's square, without a crop: float32 [3, side, side]."""
+        """Bicubic to the square, without a crop: float32 [3, side, side]."""
         square = Image.fromarray(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
         pixels_HWC = torch.from_numpy(np.array(square)).float() / 255
         return ((pixels_HWC - self.mean) / self.std).permute(2, 0, 1)

@@ -15,6 +15,7 @@ import torch
 from evaluators.base import Box, Detection
 
 EDGE = 128  # pixels of the image's sides
+SANITY_NAMES = ("circle", "square", "triangle", "cross")  # what a detector that is asked by name is asked for
 KEPT = 20  # the best candidates, however faint: so a record is never empty
 CONFIDENT = 0.3  # objects above this must be the same ones; below it only the scores must
 SCORE_TOLERANCE = 0.01

@@ -1,6 +1,7 @@
 """Words and noun chunks of English prompts: by spaCy, as the protocols ask, or by rules where it is missing."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from evaluators.inference import fingerprint
 SPACY_MODEL = "en_core_web_sm"
 INSTALL_SPACY = f"`uv pip install spacy`, then its model by `uv run python -m spacy download {SPACY_MODEL}`"
 LANGUAGES = ("auto", "spacy", "rules")
-RULES_VERSION = 1  # raised with every change of the rules or word lists that can change a tag or a chunk
+RULES_VERSION = 2  # raised with every change of the rules or word lists that can change a tag or a chunk
 
 _TOKEN = re.compile(r"['\u2019]s\b|\w+(?:[:.,]\d+)+|\w+(?:-\w+)*|[^\w\s]")
 
@@ -86,10 +87,11 @@ class RuleLanguage:
 
     def words(self, text: str) -> list[Word]:
         """The words and punctuation marks of a text, in order."""
-        return [Word(token.text, token.tag) for token in _tagged(text)]
+        return [Word(token.text, token.tag) for token in _tagged(_composed(text))]
 
     def noun_chunks(self, text: str) -> list[str]:
         """Its noun phrases, in order, as they stand."""
+        text = _composed(text)
         tokens = _tagged(text)
         chunks: list[str] = []
         start = 0
@@ -101,6 +103,11 @@ class RuleLanguage:
             chunks.append(text[tokens[start].start : tokens[stop - 1].end])
             start = stop
         return chunks
+
+
+def _composed(text: str) -> str:
+    """The text with each accented letter as one character: a mark by itself belongs to no word."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _tagged(text: str) -> list[_Token]:

@@ -48,7 +48,7 @@ class Preprocessing:
         if not self.resize:
             return height, width
         scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def pixels(self, images: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """Images of one size as the network's input: float32 [B, 3, H', W'], zero-padded after the normalisation."""

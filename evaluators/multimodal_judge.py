@@ -5,9 +5,8 @@ The wording is ours; what it asks, the grades and their values are the protocol'
 """
 
 import json
-import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +86,36 @@ class MultimodalModel:
 
 
 def read_grade(answer: str, values: Mapping[int, float]) -> float:
-    """The value of the grade in an answer. Raises UnreadableAnswer where there is none, or one that was not offered."""
-    for text in re.findall(r"\{[^{}]*\}", answer):
+    """The value of the grade in an answer: the `score` of the JSON objects there. Raises UnreadableAnswer where there
+    is none, one that was not offered, or two that differ."""
+    grades = {_grade(one["score"]) for one in _json_objects(answer) if "score" in one}
+    if len(grades) != 1 or not grades <= values.keys():
+        said = "more than one grade" if len(grades) > 1 else "no grade"
+        raise UnreadableAnswer(f"the judge gave {said} of {min(values)} to {max(values)}: {answer[:120]!r}")
+    return values[grades.pop()]
+
+
+def _grade(score: object) -> int:
+    """A whole number, whichever way it is written; 0, which is never offered, for anything else."""
+    if isinstance(score, str) and len(score) == 1 and score.isdecimal():
+        return int(score)
+    if isinstance(score, float) and score.is_integer():
+        return int(score)
+    return score if isinstance(score, int) and not isinstance(score, bool) else 0
+
+
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects that stand in a text, but for those inside others."""
+    decoder = json.JSONDecoder()
+    start = text.find("{")
+    while start >= 0:
         try:
-            grade = json.loads(text)["score"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if isinstance(grade, str) and grade.strip().isdigit():
-            grade = int(grade)
-        if isinstance(grade, float) and grade.is_integer():
-            grade = int(grade)
-        if not isinstance(grade, bool) and grade in values:
-            return values[grade]
-    raise UnreadableAnswer(f"the judge gave no grade of {min(values)} to {max(values)}: {answer[:120]!r}")
+            found, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):  # ValueError also for a number of thousands of digits
+            end = start + 1
+        else:
+            yield found
+        start = text.find("{", end)
 
 
 class JudgeEvaluator:

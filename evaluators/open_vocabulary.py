@@ -75,17 +75,26 @@ class _ZeroShotDetector:
                 raise ValueError(f"image {index}: {fault}")
         # In a fixed order: how a prompt spells its objects must not change what is found.
         wanted = {index: sorted(set(some)) for index, some in enumerate(names) if some}
-        detected = self._detect([images[index] for index in wanted], list(wanted.values()))
+        detected = self._detect([images[index] for index in wanted], list(wanted.values()), self.min_score)
         found: list[list[Detection]] = [[] for _ in images]
         for index, detections in zip(wanted, detected, strict=True):
             found[index] = sorted(detections, key=lambda one: -one.score)
         return found
 
-    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+    def detect_faint(self, image: np.ndarray, names: Sequence[str]) -> list[Detection]:
+        """One image's candidates for these names, best first, however little they score."""
+        [found] = self._detect([image], [sorted(set(names))], 0.0)
+        return sorted(found, key=lambda one: -one.score)
+
+    def _detect(
+        self, images: Sequence[np.ndarray], names: Sequence[list[str]], min_score: float
+    ) -> list[list[Detection]]:
         """Each image's detections of its names, of which there are some, in any order."""
         raise NotImplementedError
 
-    def _detections(self, result: dict[str, Any], labels: Sequence[str], image: np.ndarray) -> list[Detection]:
+    def _detections(
+        self, result: dict[str, Any], labels: Sequence[str], image: np.ndarray, min_score: float
+    ) -> list[Detection]:
         """What the processor found, with boxes cut at the image's edges; those with nothing left are left out."""
         height, width = image.shape[:2]
         edges = torch.tensor([width, height, width, height])
@@ -94,7 +103,7 @@ class _ZeroShotDetector:
         return [
             Detection(label, score, (x1, y1, x2, y2))
             for label, score, (x1, y1, x2, y2) in rows
-            if score > self.min_score and x2 > x1 and y2 > y1
+            if score > min_score and x2 > x1 and y2 > y1
         ]
 
 
@@ -112,7 +121,9 @@ class OwlDetector(_ZeroShotDetector):
         self._by_name: dict[str, Tensor] = {}
 
     @exact_inference()
-    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+    def _detect(
+        self, images: Sequence[np.ndarray], names: Sequence[list[str]], min_score: float
+    ) -> list[list[Detection]]:
         found = []
         for start in range(0, len(images), self.batch_size):
             shown = images[start : start + self.batch_size]
@@ -123,9 +134,9 @@ class OwlDetector(_ZeroShotDetector):
                     logits=self._logits(features_PD, some)[None], pred_boxes=boxes_P4[None]
                 )
                 [result] = self.processor.post_process_grounded_object_detection(
-                    output, threshold=self.min_score, target_sizes=[image.shape[:2]], text_labels=[some]
+                    output, threshold=min_score, target_sizes=[image.shape[:2]], text_labels=[some]
                 )
-                found.append(self._detections(result, result["text_labels"], image))
+                found.append(self._detections(result, result["text_labels"], image, min_score))
         return found
 
     def _patches(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -158,7 +169,9 @@ class GroundingDetector(_ZeroShotDetector):
     """Grounding DINO (Liu et al. 2023), asked for one name at a time: the phrases of a longer text run together."""
 
     @exact_inference()
-    def _detect(self, images: Sequence[np.ndarray], names: Sequence[list[str]]) -> list[list[Detection]]:
+    def _detect(
+        self, images: Sequence[np.ndarray], names: Sequence[list[str]], min_score: float
+    ) -> list[list[Detection]]:
         by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = defaultdict(list)
         for index, (image, some) in enumerate(zip(images, names, strict=True)):
             by_shape[image.shape] += [(index, name) for name in some]  # of one size: none is padded to another's
@@ -166,12 +179,13 @@ class GroundingDetector(_ZeroShotDetector):
         for pairs in by_shape.values():
             for start in range(0, len(pairs), self.batch_size):
                 asked = pairs[start : start + self.batch_size]
-                results = self._ask([images[index] for index, _ in asked], [name for _, name in asked])
+                results = self._ask([images[index] for index, _ in asked], [name for _, name in asked], min_score)
                 for (index, name), result in zip(asked, results, strict=True):
-                    found[index] += self._detections(result, [name] * len(result["scores"]), images[index])
+                    labels = [name] * len(result["scores"])
+                    found[index] += self._detections(result, labels, images[index], min_score)
         return found
 
-    def _ask(self, images: Sequence[np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    def _ask(self, images: Sequence[np.ndarray], names: Sequence[str], min_score: float) -> list[dict[str, Any]]:
         """What the processor makes of images of one size, each asked for one name. Shorter texts are padded, and
         masked."""
         inputs = self.processor(
@@ -183,8 +197,8 @@ class GroundingDetector(_ZeroShotDetector):
         return self.processor.post_process_grounded_object_detection(
             self.model(**inputs),
             inputs["input_ids"],
-            threshold=self.min_score,
-            text_threshold=self.min_score,
+            threshold=min_score,
+            text_threshold=min_score,
             target_sizes=[image.shape[:2] for image in images],
         )
 
@@ -207,6 +221,10 @@ class NamedClasses:
             ]
             for detections, some in zip(self.detector.detect(images), names, strict=True)
         ]
+
+    def detect_faint(self, image: np.ndarray, names: Sequence[str]) -> list[Detection]:
+        """One image's candidates of all classes, whatever the names: what is asked changes nothing in what is seen."""
+        return self.detector.detect_faint(image)
 
     def _classes(self, name: str) -> tuple[str, ...]:
         if name in self.detector.labels:

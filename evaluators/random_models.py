@@ -74,7 +74,7 @@ FULL = Sizes(
     clip_score=open_clip.get_model_config("ViT-B-32-quickgelu"),
     # blip-vqa-capfilt-large: "large" is its captions; the image encoder is ViT-B/16.
     blip_text={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    blip_vision={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 480},
+    blip_vision={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 384},
     blip_words=30524,
     # owlv2-large-patch14-ensemble
     owl_text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},

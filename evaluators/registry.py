@@ -18,7 +18,7 @@ from evaluators.geneval import THRESHOLD, GenEvalEvaluator, Question
 from evaluators.geneval_classes import GENEVAL_CLASSES
 from evaluators.language import language
 from evaluators.mask2former import configured_labels
-from evaluators.modes import COMPBENCH
+from evaluators.modes import COMPBENCH, check_loadable
 from evaluators.multimodal_judge import JudgeEvaluator, MultimodalModel
 from evaluators.open_vocabulary import load_named_detector
 
@@ -27,7 +27,6 @@ Models = Mapping[str, str | Path]
 Metadata = Mapping[str, Any]
 
 LANGUAGE = "language"
-OFFICIAL = f"{COMPBENCH}-official"
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,7 @@ def build_evaluator(evaluator: str, models: Models, device: str = "cpu", batch_s
 
 
 def _known(evaluator: str) -> _Kind:
-    if evaluator == OFFICIAL:
-        modes = " or ".join(get_args(Mode))
-        raise UserError(
-            f"{OFFICIAL} needs UniDet's own weights and vocabulary, which no library loads: "
-            f"name the mode {modes}, which keep the official formulas on detectors that do load"
-        )
+    check_loadable(evaluator)
     if evaluator not in EVALUATORS:
         raise UserError(f"no evaluator {evaluator!r}: choose one of {', '.join(sorted(EVALUATORS))}")
     return EVALUATORS[evaluator]

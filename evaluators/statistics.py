@@ -61,9 +61,10 @@ class Comparison:
 class Estimate:
     """One variant's score on one tag.
 
-    `prompts_correct` is the share of prompts with at least one correct image (GenEval's "% correct prompts"), over
-    those of which it is known: a prompt without a correct image and with one that failed is left out. None where images
-    are not right or wrong.
+    `images_correct` and `prompts_correct` are GenEval's "% correct images" and "% correct prompts": the shares of
+    correct images, and of prompts with at least one; overall of all images and prompts, whatever their tags. They are
+    of those that are known: a prompt without a correct image and with one that failed or never came is left out. None
+    where images are not right or wrong, and overall where of a tag nothing is known.
     """
 
     tag: str
@@ -71,6 +72,7 @@ class Estimate:
     ci_low: float | None
     ci_high: float | None
     standard_error: float | None
+    images_correct: float | None
     prompts_correct: float | None
     n_expected: int
     n_scored: int
@@ -118,10 +120,19 @@ def compare(
 
 
 def interval(
-    rows: Sequence[Row], *, expected: Mapping[str, int] | None = None, seed: int = 0, resamples: int = RESAMPLES
+    rows: Sequence[Row],
+    *,
+    expected: Mapping[str, int] | None = None,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> list[Estimate]:
-    """One variant's scores: an estimate a tag and `overall` last. Arguments and errors as in `compare`."""
-    correct = _prompts_correct(rows)
+    """One variant's scores: an estimate a tag and `overall` last. Arguments and errors as in `compare`.
+
+    `images_per_prompt` are planned: a prompt with fewer rows lacks some.
+    """
+    tags = _by_tag([rows], expected)
+    correct = _correct(rows, [tag.name for tag in tags], images_per_prompt)
     return [
         Estimate(
             tag=result.tag,
@@ -129,12 +140,13 @@ def interval(
             ci_low=result.low,
             ci_high=result.high,
             standard_error=result.error,
-            prompts_correct=correct.get(result.tag),
+            images_correct=correct[result.tag][0],
+            prompts_correct=correct[result.tag][1],
             n_expected=result.expected,
             n_scored=result.scored,
             n_failed=result.expected - result.scored,
         )
-        for result in _results(_by_tag([rows], expected), np.array([1.0]), seed, resamples)
+        for result in _results(tags, np.array([1.0]), seed, resamples)
     ]
 
 
@@ -255,19 +267,29 @@ def _by_tag(rows_by_variant: Sequence[Sequence[Row]], expected: Mapping[str, int
     return tags
 
 
-def _prompts_correct(rows: Sequence[Row]) -> dict[str, float]:
-    """The share of prompts with a correct image by tag, and overall the mean of the tags'; of what is known."""
-    images: dict[tuple[str, int], list[bool | None]] = defaultdict(list)
+def _correct(
+    rows: Sequence[Row], tags: Sequence[str], images_per_prompt: int
+) -> dict[str, tuple[float | None, float | None]]:
+    """The shares of correct images and of prompts with one, by tag and overall; of what is known."""
+    answers: dict[tuple[str, int], list[bool | None]] = defaultdict(list)
     for row in rows:
-        images[row["tag"], row["prompt_index"]].append(row.get("correct"))
-    prompts: dict[str, list[bool]] = defaultdict(list)
-    for (tag, _), answers in images.items():
-        if any(answers) or None not in answers:
-            prompts[tag].append(any(answers))
-    shares = {tag: sum(found) / len(found) for tag, found in prompts.items()}
-    tags = {tag for tag, _ in images}
-    # A tag of which nothing is known leaves the overall unknown.
-    return {**shares, OVERALL: sum(shares.values()) / len(shares)} if shares and len(shares) == len(tags) else shares
+        answers[row["tag"], row["prompt_index"]].append(row.get("correct"))
+    images: dict[str, list[bool]] = {tag: [] for tag in tags}
+    prompts: dict[str, list[bool]] = {tag: [] for tag in tags}
+    for (tag, _), some in answers.items():
+        known = [bool(answer) for answer in some if answer is not None]
+        images[tag] += known
+        if any(known) or len(known) >= max(images_per_prompt, len(some)):
+            prompts[tag].append(any(known))
+    shares = {tag: (_share([images[tag]]), _share([prompts[tag]])) for tag in tags}
+    return {**shares, OVERALL: (_share([*images.values()]), _share([*prompts.values()]))}
+
+
+def _share(groups: Sequence[Sequence[bool]]) -> float | None:
+    """How many of all are true; None where a group has none."""
+    if not groups or not all(groups):
+        return None
+    return sum(map(sum, groups)) / sum(map(len, groups))
 
 
 def _scores_by_pair(rows: Sequence[Row]) -> dict[str, float]:

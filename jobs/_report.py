@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Rows = dict[tuple[str, str], list[dict]]  # by variant and benchmark
 
 BASELINE = "bf16"
-ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score", "correct"]
+ROW_COLUMNS = ["variant", "benchmark", "pair_id", "tag", "prompt_index", "score", "correct", "reason"]
 HALVED = "drawn_batch_size"
 MEMORY = {
     "cuda-peak": "peak memory (all that CUDA allocated)",
@@ -36,6 +36,7 @@ class Scores:
 
     estimates: dict[tuple[str, str], list[Estimate]]  # by variant and benchmark
     comparisons: list[Comparison]
+    judged: list[str]  # how each benchmark whose scores are not right or wrong was judged: the reasons in its rows
     n_halved: int  # images drawn in smaller batches than planned
 
 
@@ -47,13 +48,15 @@ def scores_of(plan: Plan, store: ResultStore) -> Scores:
         rows[row["variant"], row["benchmark"]].append(row)
     expected = images_by_tag(plan)
     estimates = {
-        (variant, benchmark): interval(rows[variant, benchmark], expected=expected[benchmark])
+        (variant, name): interval(
+            rows[variant, name], expected=expected[name], images_per_prompt=workload.images_per_prompt
+        )
         for variant in plan.variants
-        for benchmark in expected
+        for name, workload in plan.workloads.items()
     }
     # Files of schema version 1 have no such column.
     n_halved = len(table) - table[HALVED].null_count if HALVED in table.column_names else 0
-    return Scores(estimates, compare_variants(plan, rows), n_halved)
+    return Scores(estimates, compare_variants(plan, rows), _judged(plan, rows), n_halved)
 
 
 def print_report(console: Console, plan: Plan, store: ResultStore, summary: "RunSummary", scores: Scores) -> None:
@@ -62,9 +65,13 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
         console.print(_comparison_table([c for c in scores.comparisons if c.variant == variant]))
     if not scores.comparisons:
         console.print(_score_table(scores))
+    for line in _correct_lines(scores):
+        console.print(line)
     console.print(_model_table(summary.models))
     for assumption in plan.assumptions:
         console.print(f"assumed: {assumption}")
+    for line in scores.judged:
+        console.print(line)
     console.print(f"results: {store.run_uri}", soft_wrap=True)
     if scores.n_halved:
         print(
@@ -95,6 +102,16 @@ def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:
             expected=expected,
         )
     ]
+
+
+def _judged(plan: Plan, rows: Rows) -> list[str]:
+    """Of T2I-CompBench the mode and what took the prompts apart, as the rows say; another chunker asks otherwise."""
+    lines = []
+    for name in plan.workloads:
+        scored = (row for v in plan.variants for row in rows[v, name] if row["correct"] is None and row["reason"])
+        if reasons := sorted({row["reason"] for row in scored}):
+            lines.append(f"{name} was judged by: {'; '.join(reasons)}")
+    return lines
 
 
 def counts(summary: "RunSummary") -> dict[str, int]:
@@ -138,6 +155,17 @@ def _score_table(scores: Scores) -> Table:
             bounds = _bounds(e.ci_low, e.ci_high)
             _add_tag(table, benchmark, e.tag, _percent(e.score), bounds, str(e.n_expected), str(e.n_failed))
     return table
+
+
+def _correct_lines(scores: Scores) -> list[str]:
+    """GenEval's summary of all images and all prompts, a line a variant and benchmark that is right or wrong."""
+    overall = [(names, estimates[-1]) for names, estimates in scores.estimates.items()]
+    return [
+        f"{benchmark}, {variant}: {_percent(e.images_correct)} % correct images, "
+        f"{_percent(e.prompts_correct)} % correct prompts"
+        for (variant, benchmark), e in overall
+        if e.images_correct is not None or e.prompts_correct is not None
+    ]
 
 
 def _tag_table(title: str, numbers: tuple[str, ...]) -> Table:

@@ -14,7 +14,7 @@ from bitflux_core.errors import UserError
 from cluster.plan import Plan, build_plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
-from evaluators.modes import MODES
+from evaluators.modes import MODES, check_loadable
 from jobs import _ray
 from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
@@ -70,6 +70,8 @@ def _planned(args: Namespace) -> tuple[Profile, Plan]:
     profile = chosen_profile(args)
     workloads = chosen_workloads(profile, args.data_dir)
     check_variants(profile.variants)
+    for workload in workloads:
+        check_loadable(workload.evaluator)
     return profile, build_plan(profile, workloads, profile.variants, profile.limit, profile.images_per_prompt)
 
 

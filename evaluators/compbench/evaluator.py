@@ -22,6 +22,7 @@ from evaluators.compbench.judgment import Judgment
 from evaluators.compbench.non_spatial import ClipScoreJudge
 from evaluators.compbench.numeracy import NumeracyJudge
 from evaluators.compbench.spatial import DepthJudge, Mode, SpatialJudge
+from evaluators.detector_check import SANITY_NAMES, DetectorRecord, sanity_image
 from evaluators.inference import fingerprint
 
 PROTOCOL = "t2i-compbench"
@@ -62,6 +63,7 @@ class CompBenchEvaluator:
         language: Language,
         mode: Mode,
     ) -> None:
+        self.detector = detector
         attributes = AttributeJudge(answerer, language)
         spatial = SpatialJudge(detector, language, mode)
         in_depth = DepthJudge(detector, depth, language, mode)
@@ -80,6 +82,11 @@ class CompBenchEvaluator:
         parts = (answerer, detector, depth, clip, language)
         self.fingerprint = fingerprint(PROTOCOL, mode, *(part.fingerprint for part in parts))
         self._reason = f"{mode}, {language.name}"
+
+    def self_test(self, device: str) -> DetectorRecord:
+        """What the detector sees in the sanity image on this device."""
+        seen = self.detector.detect_faint(sanity_image(), SANITY_NAMES)
+        return DetectorRecord.of(self.detector.fingerprint, device, seen)
 
     def score(self, images: Sequence[np.ndarray], metadata: Sequence[Metadata]) -> list[Score]:
         """One score for each image; `reason` says which mode and which language tool judged it.

@@ -27,7 +27,7 @@ def frame_scale(height: int, width: int) -> tuple[float, float]:
     """
     scale = SHORT_SIDE / min(height, width)
     scale = min(scale, LONG_SIDE / max(height, width))
-    return int(width * scale + 0.5) / width, int(height * scale + 0.5) / height
+    return max(1, int(width * scale + 0.5)) / width, max(1, int(height * scale + 0.5)) / height
 
 
 def framed(detections: Sequence[Detection], height: int, width: int) -> list[Detection]:

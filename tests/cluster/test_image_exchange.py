@@ -183,6 +183,30 @@ def test_results_numbered_by_order_or_by_file_are_the_same(export, score):
     assert {p: r["score"] for p, r in before.items()} == {p: r["score"] for p, r in after.items()}
 
 
+@pytest.mark.parametrize(
+    ("ids", "scores"),
+    [
+        ((0, 1, 3), (0.0, 0.1, 0.3)),  # the files' own numbers
+        ((3, 1, 0), (0.0, 0.1, 0.3)),
+        ((0, 1, 2), (0.0, 0.1, 0.2)),  # their order
+        ((0, 2, 3), (0.0, None, 0.3)),  # numbers of files, one of which is another
+        ((1, 3), (None, 0.1, 0.3)),
+        ((0, 1), (0.0, 0.1, None)),
+    ],
+)
+def test_an_answer_is_its_own_images(export, score, ids, scores):
+    """Images 0, 1 and 3 are there, each answer is a tenth of its id."""
+    folder = export("t2i-compbench")
+    (removed,) = (folder / "spatial" / "samples").glob("*_000002.png")
+    removed.unlink()
+    file = folder / "spatial" / "labels" / "annotation_obj_detection_2d" / "vqa_result.json"
+    file.write_text(json.dumps([{"question_id": each, "answer": each / 10} for each in ids]))
+    _, _, rows = score(folder, "t2i-compbench", recorded=True)
+    assert tuple(rows[1, image]["score"] for image in (0, 1, 3)) == scores
+    said = [rows[1, image]["reason"] for image in (0, 1, 3)]
+    assert said == ["" if answer is None else "their scores" for answer in scores]
+
+
 def test_an_image_without_a_result_is_an_error(export, score):
     folder = export("geneval")
     lines = (folder / "results.jsonl").read_text().splitlines()
@@ -202,6 +226,11 @@ def test_an_image_without_a_result_is_an_error(export, score):
         ("t2i-compbench", "color/annotation_blip/vqa_result.json", '[{"question_id": 0, "answer": "high"}]'),
         ("t2i-compbench", "color/annotation_blip/vqa_result.json", '[{"question_id": 0, "answer": NaN}]'),
         ("t2i-compbench", "color/annotation_blip/vqa_result.json", "{"),
+        (
+            "t2i-compbench",
+            "color/annotation_blip/vqa_result.json",
+            '[{"question_id": 0, "answer": 0.5}, {"question_id": "0", "answer": 0.25}]',
+        ),
     ],
 )
 def test_a_damaged_result_file_is_named(export, score, layout, name, text):
@@ -265,7 +294,6 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
     at(0, 0).write_bytes(noise.getvalue()[:-2000])
     at(0, 1).write_text("<html>404</html>")
     at(0, 2).write_bytes(b"")
-    at(0, 3).unlink()
     save(at(1, 0), Image.fromarray(pixels).convert("RGBA"))
     save(at(1, 1), Image.fromarray(pixels[..., 0]))
     save(at(1, 2), Image.fromarray(pixels.astype(np.uint16)[..., 0] * 256))
@@ -279,13 +307,14 @@ def spoil(folder: Path) -> dict[tuple[int, int], str]:
     at(3, 0).symlink_to(folder / "nowhere")
     at(3, 1).unlink()
     at(3, 1).symlink_to(folder / "00004")
+    save(at(0, 3), Image.new("RGB", (3000, 1)))
     save(at(2, 2), Image.fromarray(pixels))  # of another size, and good
-    save(at(2, 3), Image.fromarray(pixels[:1, :1]), "JPEG")  # so is this, under the wrong name
+    save(at(2, 3), Image.fromarray(pixels[:1, :16]), "JPEG")  # so is this, long and under the wrong name
     return {
         (0, 0): "cannot be read",
         (0, 1): "not a PNG",
         (0, 2): "not a PNG",
-        (0, 3): "no such file",
+        (0, 3): "3000x1 pixels, one side over 16 times the other",
         (1, 0): "mode RGBA",
         (1, 1): "mode L",
         (1, 2): "mode I;16",

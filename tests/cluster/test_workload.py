@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from bitflux_core.errors import UserError
+from bitflux_core.mini import compositions
 from bitflux_core.mini.world import benchmark_prompts
 from cluster.manifests import MANIFESTS, REPOSITORY
 from cluster.prompt_parsers import CATEGORIES
@@ -69,6 +70,11 @@ def test_mini_geneval_has_genevals_tags_and_counts():
 def test_mini_geneval_is_the_worlds_own_sample():
     recorded = [prompt.metadata for prompt in load_workload("mini-geneval").prompts]
     assert recorded == [spec.metadata() for spec in benchmark_prompts()]
+
+
+def test_mini_compbench_is_the_worlds_own_sample():
+    recorded = [prompt.metadata for prompt in load_workload("mini-t2i-compbench").prompts]
+    assert recorded == [compositions.metadata(spec) for spec in compositions.benchmark_prompts()]
 
 
 def test_official_geneval_from_a_data_dir(upstream):
@@ -238,6 +244,14 @@ def test_lines_of_any_end_and_alphabet(tmp_path):
     prompts = load_workload(compbench(tmp_path, {"path": "list", "tag": "color"}, list=content)).prompts
     assert [prompt.text for prompt in prompts] == ["a caf\u00e9", 'a "red" cup', "a last one"]
     assert prompts[0].metadata == {"category": "color", "prompt": "a caf\u00e9"}
+
+
+def test_a_complex_prompt_has_the_kind_of_its_first_sentence_in_any_case(tmp_path):
+    lists = {"spatial": b"The cat is near the dog.\n", "action": b"A Hat hung. It was red.\n", "spatialaction": b"x\n"}
+    files = [{"path": kind, "role": f"complex-{kind}"} for kind in lists]
+    asked = b"the Cat is near the dog. Both are red.\na hat hung\n"
+    workload = compbench(tmp_path, {"path": "list", "tag": "complex"}, *files, list=asked, **lists)
+    assert [prompt.metadata["kind"] for prompt in load_workload(workload).prompts] == ["spatial", "action"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """BLIP's answers: the tokens that it is given, and that images and questions do not see each other."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import BlipConfig, BlipForQuestionAnswering
 
 from bitflux_core.errors import UserError
 from bitflux_core.mini.train_vqa import normalise
 from bitflux_core.mini.vqa import DECODE, ENCODE, answer_logits, build_tokenizer, build_vqa, question_tokens, save_vqa
 from evaluators.blip_vqa import BlipQuestionAnswerer
+from evaluators.inference import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,57 @@ def test_questions_begin_with_enc_and_lose_their_marks(answerer):
     assert first == [ENCODE, "a", "red", "star", "?", "[SEP]"]
     assert names(ids[1].tolist())[1:3] == ["the", "ring"]
     assert names([answerer.decode_id]) == [DECODE]
+    # All that the protocol deletes; the tokenizer would make a token of each.
+    assert answerer._encode_questions(['a red~ star.!"()*#:;?'])[0].equal(
+        answerer._encode_questions(["a red star?"])[0]
+    )
+
+
+def test_a_question_has_35_tokens_at_most(folder, tmp_path):
+    """[ENC] and [SEP] are two of them."""
+    longer = shutil.copytree(folder, tmp_path / "longer")
+    config = BlipConfig.from_pretrained(longer)
+    config.text_config.max_position_embeddings = 40
+    BlipForQuestionAnswering(config).save_pretrained(longer)
+    ids, mask = BlipQuestionAnswerer(longer)._encode_questions(["? " * 50, "? " * 30])
+    assert ids.shape == (2, 35)
+    assert mask.sum(1).tolist() == [35, 32]
+
+
+def test_images_are_resized_bicubically_to_the_models_square(answerer):
+    image = noise(8, 50)
+    expected = np.array(Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC))
+    shown = answerer._pixels(image).permute(1, 2, 0) * answerer.std + answerer.mean
+    assert (shown * 255).round().byte().numpy().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("own", "shown"), [(384, 480), (480, 480), (96, 96)])
+def test_the_published_port_is_shown_the_protocols_480_pixels(folder, tmp_path, own, shown):
+    """transformers' port says 384. Its 24 x 24 position embeddings become 30 x 30, as they would by hand."""
+    port = shutil.copytree(folder, tmp_path / "port")
+    config = BlipConfig.from_pretrained(port)
+    config.vision_config.image_size, config.vision_config.num_hidden_layers = own, 1
+    torch.manual_seed(1)
+    BlipForQuestionAnswering(config).save_pretrained(port)
+    answerer = BlipQuestionAnswerer(port, batch_size=1)
+    image = noise(9, 64)
+    features = answerer._encode_images([image])
+    assert features.shape == (1, (shown // 16) ** 2 + 1, 128)
+    assert answerer.fingerprint == fingerprint(port, shown, 1)
+    [answer] = answerer.probability_of_yes([image], ["a red star?"])
+    assert 0 < answer < 1
+
+    embeddings = answerer.model.vision_model.embeddings
+    places = embeddings.position_embedding.detach()
+    grid = places[:, 1:].unflatten(1, (own // 16, own // 16)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(shown // 16, shown // 16), mode="bicubic", align_corners=False)
+    places = torch.cat([places[:, :1], grid.flatten(2).mT], 1)
+    with torch.no_grad():
+        patches = embeddings.patch_embedding(answerer._pixels(image)[None]).flatten(2).mT
+        hidden = torch.cat([embeddings.class_embedding.expand(1, 1, -1), patches], 1) + places
+        vision_model = answerer.model.vision_model
+        expected = vision_model.post_layernorm(vision_model.encoder(inputs_embeds=hidden).last_hidden_state)
+    assert torch.allclose(features, expected, atol=1e-5)
 
 
 def test_probabilities_are_those_of_the_models_own_parts(answerer):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
 
@@ -41,6 +42,13 @@ def test_an_image_gets_the_same_depth_in_any_company(folder):
     model = DptDepthEstimator(folder, batch_size=3)
     alone = model.depth([noise(2)])[0]
     assert np.array_equal(model.depth([noise(i) for i in range(5)])[2], alone)
+
+
+def test_pixels_have_mean_and_deviation_one_half(folder):
+    image = noise(5, 40, 60)
+    small = np.array(Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC))
+    expected = (torch.from_numpy(small).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    assert torch.allclose(DptDepthEstimator(folder)._pixels(image), expected, atol=1e-6)
 
 
 def test_the_hybrid_model_runs_in_the_protocols_frame(tmp_path):

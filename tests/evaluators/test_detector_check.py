@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from evaluators.base import Detection
-from evaluators.detector_check import KEPT, DetectorRecord, SelfTesting, differences, sanity_image
+from evaluators.compbench.evaluator import CompBenchEvaluator
+from evaluators.detector_check import KEPT, SANITY_NAMES, DetectorRecord, SelfTesting, differences, sanity_image
 from evaluators.geneval import GenEvalEvaluator
+from evaluators.language import RuleLanguage
 from evaluators.mask2former import Mask2FormerDetector
+from evaluators.open_vocabulary import load_named_detector
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 
@@ -98,6 +101,35 @@ def test_the_mini_detector_sees_the_four_shapes():
     seen = GenEvalEvaluator(detector, SimpleNamespace(fingerprint="colors")).self_test("cpu").seen
     assert {one.label for one in seen if one.score > 0.9} == confident
     assert len(seen) == KEPT  # faint ones as well, whatever the detector leaves out of its results
+
+
+@pytest.mark.parametrize("min_score", [0.1, 0.9999])
+def test_a_named_detector_is_tested_too(min_score):
+    """The mini world's evaluator of T2I-CompBench, with a detector that leaves nothing out of its record."""
+    detector = load_named_detector("bitflux_core/mini/weights/detector", "cpu", min_score)
+    other = SimpleNamespace(fingerprint="other")
+    evaluator = CompBenchEvaluator(
+        answerer=other, detector=detector, depth=other, clip=other, language=RuleLanguage(), mode="compatible"
+    )
+    assert isinstance(evaluator, SelfTesting)
+    record = evaluator.self_test("cpu")
+    assert {one.label for one in record.seen if one.score > 0.9} == set(SANITY_NAMES)
+    assert (record.fingerprint, len(record.seen)) == (detector.fingerprint, KEPT)
+
+
+def test_a_named_detector_is_always_asked_for_the_same_things():
+    asked = []
+
+    def detect_faint(image, names):
+        asked.append((image.tobytes(), tuple(names)))
+        return [Detection("circle", 0.2, BOX)]
+
+    detector, other = SimpleNamespace(fingerprint="named", detect_faint=detect_faint), SimpleNamespace(fingerprint="o")
+    evaluator = CompBenchEvaluator(
+        answerer=other, detector=detector, depth=other, clip=other, language=RuleLanguage(), mode="compatible"
+    )
+    assert evaluator.self_test("A") == DetectorRecord.of("named", "A", [Detection("circle", 0.2, BOX)])
+    assert asked == [(sanity_image().tobytes(), ("circle", "square", "triangle", "cross"))]
 
 
 def test_a_detector_that_is_sure_of_nothing_has_a_record(detector_dir):

@@ -162,6 +162,17 @@ def test_relations_use_the_unrevised_norm(make_detection, offset, expected):
     assert relations(make_detection("circle", box=(x, y, x + 20, y + 20)), target) == expected
 
 
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [((9e-4, -9e-4), set()), ((1.1e-3, 0.0), {"right of"}), ((9e-4, 1.1e-3), {"right of", "below"})],
+)
+def test_under_a_thousandth_of_a_pixel_on_both_axes_there_is_no_relation(make_detection, offset, expected):
+    """Boxes without an extent, so that the offset is the revised one."""
+    assert (
+        relations(make_detection("circle", box=(*offset, *offset)), make_detection("star", box=(0.0,) * 4)) == expected
+    )
+
+
 def test_sizes_widen_the_margin_of_their_own_axis(make_detection):
     wide = make_detection("circle", box=(0.0, 0.0, 80.0, 10.0))
     target = make_detection("star", box=(30.0, 15.0, 70.0, 25.0))

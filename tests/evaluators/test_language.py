@@ -122,6 +122,10 @@ def test_complex_prompts_of_two_objects_lose_their_adjectives(upstream):
         ("The round rug was the only thing left in it.", "The round rug|the only thing|it"),
         ("The smooth stone lay near their sheer, towering cliffs", "The smooth stone|their sheer, towering cliffs"),
         ("a café crème and a naïve 日本 vase", "a café crème|a naïve 日本 vase"),
+        (
+            "an e\u0301clair and a nai\u0308ve vase",
+            "an \u00e9clair|a na\u00efve vase",
+        ),  # marks that follow their letters
         ("running quickly", ""),
         ("", ""),
         (" \n", ""),
@@ -148,6 +152,14 @@ def test_chunks(text, chunks):
 )
 def test_tags(text, tagged):
     assert tags(text) == tagged
+
+
+def test_an_accent_is_part_of_its_word_however_it_is_encoded():
+    assert (
+        tags("a cre\u0300me e\u0301clair")
+        == tags("a cr\u00e8me \u00e9clair")
+        == "a/DET cr\u00e8me/NOUN \u00e9clair/NOUN"
+    )
 
 
 def test_words_lose_nothing_but_spaces():

@@ -145,11 +145,27 @@ COCO = Preprocessing(resize=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224,
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((1024, 1024), (800, 800)), ((480, 640), (800, 1067)), ((500, 2000), (333, 1333)), ((256, 256), (800, 800))],
+    [
+        ((1024, 1024), (800, 800)),
+        ((480, 640), (800, 1067)),
+        ((500, 2000), (333, 1333)),
+        ((256, 256), (800, 800)),
+        ((1, 3000), (1, 1333)),
+        ((6000, 2), (1333, 1)),
+    ],
 )
 def test_coco_models_see_a_keep_ratio_resize_to_1333_by_800(size, expected):
     assert COCO.network_size(*size) == expected
     assert Preprocessing(False, COCO.mean, COCO.std, 32).network_size(*size) == size
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (6000, 2)])
+def test_a_strip_of_an_image_is_searched_like_any_other(detector_dir, tmp_path, size):
+    folder = Path(shutil.copytree(detector_dir, tmp_path / "resizing"))
+    preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "do_resize": True}))
+    [found] = Mask2FormerDetector(folder, batch_size=1).detect([np.zeros((*size, 3), np.uint8)])
+    assert all(one.mask.shape == size for one in found)
 
 
 def test_coco_normalisation_is_the_protocols():

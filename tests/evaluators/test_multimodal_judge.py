@@ -42,10 +42,12 @@ class Model:
     def __init__(self, *answers):
         self.answers = list(answers)
         self.asked = []
+        self.conversations = []
         self.seeds = []
 
     def answer(self, messages, seed):
         self.seeds.append(seed)
+        self.conversations.append(list(messages))
         texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
         self.asked.append((len(messages), *texts))
         return "a picture" if len(messages) == 1 else self.answers.pop(0)
@@ -64,6 +66,11 @@ def judged(model, category, prompt, **more):
         ('Sure! ```json\n{"score": "3", "explanation": "half"}\n```', 0.6),
         ('{"explanation": "none", "score": 1.0}', 0.2),
         ('{"grade": 2} {"score": 2}', 0.4),
+        ('{"score": 4, "explanation": "a {red} cat, and a } too"}', 0.8),
+        ('{"explanation": {"score": 1}, "score": 4}', 0.8),
+        ('{"score": 3} as I said: {"score": "3"}', 0.6),
+        ('{cat} {"score": 2}', 0.4),
+        ('{"score": "\u0663"}', 0.6),
     ],
 )
 def test_grades_are_read_from_the_json_in_an_answer(answer, value):
@@ -71,10 +78,36 @@ def test_grades_are_read_from_the_json_in_an_answer(answer, value):
 
 
 @pytest.mark.parametrize(
-    "answer", ["5", "", '{"score": 6}', '{"score": 0}', '{"score": true}', '{"score": 2.5}', "{oops}"]
+    "answer",
+    [
+        "5",
+        "",
+        '{"score": 6}',
+        '{"score": 0}',
+        '{"score": true}',
+        '{"score": null}',
+        '{"score": 2.5}',
+        '{"score": NaN}',
+        '{"score": 1e999}',
+        '{"score": [4]}',
+        '{"score": {"score": 4}}',
+        '{"score": "\u00b2"}',
+        '{"score": "44"}',
+        '{"score": "4 of 5"}',
+        '{"score": ' + "4" * 5_000 + "}",
+        '{"score": "' + "4" * 5_000 + '"}',
+        '{"a":' * 2_000,
+        "{oops}",
+    ],
 )
 def test_what_holds_no_grade_is_not_guessed(answer):
     with pytest.raises(UnreadableAnswer, match="no grade of 1 to 5"):
+        read_grade(answer, VALUES)
+
+
+@pytest.mark.parametrize("answer", ['{"score": 2} or {"score": 3}', '{"score": 6} {"score": 2}'])
+def test_of_two_grades_neither_is_taken(answer):
+    with pytest.raises(UnreadableAnswer, match="more than one grade"):
         read_grade(answer, VALUES)
 
 
@@ -87,6 +120,17 @@ def test_a_whole_prompt_gets_one_grade_of_five():
     assert FOCUS["spatial"] in model.asked[0][1]
     assert '"a cat on the left of a dog"' in model.asked[1][1]
     assert "from 1 to 5" in model.asked[1][1]
+
+
+def test_grades_are_asked_for_after_the_image_and_its_description():
+    model = Model('{"score": 4}', '{"score": 4}')
+    judged(model, "color", "a red cat and a blue dog")
+    [described, *graded] = model.conversations
+    for turns in graded:
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+        assert turns[0] == described[0]
+        assert turns[1]["content"] == [{"type": "text", "text": "a picture"}]
+    assert [part["type"] for part in described[0]["content"]] == ["image", "text"]
 
 
 def test_attributes_get_a_grade_of_four_for_each_noun_phrase():
@@ -181,6 +225,15 @@ def test_a_real_model_answers_and_repeats_itself(folder, monkeypatch):
     assert isinstance(first, str)
     score = JudgeEvaluator(model, RuleLanguage()).score([image()], [{"category": "spatial", "prompt": "a cat"}])[0]
     assert "no grade" in score.error  # it is no judge
+
+
+def test_a_model_is_sampled_as_the_protocol_says(folder, monkeypatch):
+    model, given = MultimodalModel(folder), {}
+    generate = model.model.generate
+    monkeypatch.setattr(model.model, "generate", lambda **asked: given.update(asked) or generate(**asked))
+    model.answer(multimodal_judge._conversation(image(), "color"), seed=1)
+    settings = {"do_sample": True, "temperature": 0.2, "top_p": 0.7, "max_new_tokens": 512}
+    assert {key: given[key] for key in settings} == settings
 
 
 def test_a_folder_that_is_no_judge_is_named(tmp_path):

@@ -109,6 +109,18 @@ def test_each_image_is_searched_for_its_own_names(detector):
     assert all(one.mask is None for one in first)
 
 
+@pytest.mark.parametrize("kind", ["owl", "grounding"])
+def test_faint_candidates_are_those_that_the_threshold_leaves_out(kind, request):
+    strict = load_named_detector(request.getfixturevalue(kind), "cpu", min_score=1.0)
+    assert strict.detect_named([noise(0)], [["cat", "dog"]]) == [[]]
+    faint = strict.detect_faint(noise(0), ["dog", "cat"])
+    assert len(faint) >= 16
+    [everything] = load_named_detector(request.getfixturevalue(kind), "cpu", 0.0).detect_named(
+        [noise(0)], [["cat", "dog"]]
+    )
+    assert rows(faint) == rows(everything)
+
+
 def test_neighbours_and_the_order_of_names_change_nothing(detector):
     alone = rows(detector.detect_named([noise(1)], [["cat", "dog"]])[0])
     in_company = detector.detect_named([noise(0), noise(1)], [["dog"], ["dog", "cat"]])

@@ -231,12 +231,25 @@ def test_of_identical_variants_it_is_not_known_what_could_be_detected():
     assert (one.delta, one.standard_error, one.detectable) == (0, 0, None)
 
 
-def test_prompts_with_a_correct_image_are_counted_where_it_is_known():
-    scored = [
-        {**row, "correct": None if row["score"] is None else row["score"] > 0.5}
-        for row in rows({"colors": [[1, 0], [0, 0], [0, None], [1, None]], "counting": [[0, 0], [1, 1]]})
-    ]
-    found = {one.tag: one.prompts_correct for one in interval(scored)}
+def right_or_wrong(scores_by_tag: dict[str, list[list[float | None]]]) -> list[dict]:
+    return [{**row, "correct": None if row["score"] is None else row["score"] > 0.5} for row in rows(scores_by_tag)]
+
+
+def test_correct_images_and_prompts_are_shares_of_all_where_it_is_known():
+    """As GenEval's summary has them: overall is no mean of the tags."""
+    scored = right_or_wrong({"colors": [[1, 0], [0, 0], [0, None], [1, None]], "counting": [[0, 0], [1, 1]]})
+    found = {one.tag: (one.images_correct, one.prompts_correct) for one in interval(scored, images_per_prompt=2)}
     # Of the third prompt it is not known: its other image might have been right.
-    assert found == {"colors": pytest.approx(2 / 3), "counting": 0.5, OVERALL: pytest.approx(7 / 12)}
-    assert {one.prompts_correct for one in interval(rows({"t": [[0.3]]}))} == {None}
+    assert found == {"colors": (2 / 6, 2 / 3), "counting": (0.5, 0.5), OVERALL: (4 / 10, 3 / 5)}
+    assert {(one.images_correct, one.prompts_correct) for one in interval(rows({"t": [[0.3]]}))} == {(None, None)}
+
+
+def test_a_prompt_whose_images_never_came_is_not_wrong():
+    """Wrong where all of them are, right where one is; with a planned one missing, and none right, not known."""
+    scored = right_or_wrong({"colors": [[0, 0], [0], [1], [0, 1]], "counting": [[0], [0]]})
+    expected = {"colors": 8, "counting": 4}
+    colors, counting, overall = interval(scored, expected=expected, images_per_prompt=2)
+    assert (colors.prompts_correct, counting.prompts_correct, overall.prompts_correct) == (2 / 3, None, None)
+    assert (colors.images_correct, counting.images_correct, overall.images_correct) == (2 / 6, 0.0, 2 / 8)
+    *_, empty, overall = interval(scored[:6], expected={"colors": 8, "position": 2}, images_per_prompt=2)
+    assert (empty.images_correct, overall.images_correct, overall.prompts_correct) == (None, None, None)

@@ -44,6 +44,9 @@ def refusal(tmp_path, monkeypatch, capsys):
         (["--benchmarks", ""], "--benchmarks"),
         (["--variants", "bf17"], "unknown variant 'bf17': choose from bf16, ternary"),
         (["--variants", "bf16,,ternary"], "'bf16,,ternary' is not a list of names"),
+        (["--mode", "official"], "t2i-compbench-official needs UniDet's own weights"),
+        (["--dry-run", "--mode", "official"], "name the mode compatible or corrected"),
+        (["--check-models", "--mode", "official"], "name the mode compatible or corrected"),
         (["--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
         (["--limit", "ten"], "--limit: 'ten'"),
         (["--images-per-prompt", "-1"], "--images-per-prompt"),
@@ -72,6 +75,31 @@ def test_full_precision_alone_needs_no_ternary_weights(refusal, make_profile):
     path = make_profile({"pipeline": "absent/flux", "ternary": None})
     assert "ternary" not in refusal("--profile", path, "--variants", "bf16")
     assert "models.ternary" in refusal("--profile", path)
+
+
+def test_a_model_that_the_profile_does_not_name_is_missing_like_any_other(make_profile, capsys):
+    path = make_profile({"ternary": "absent/ternary"}, mode="judge", benchmarks=["mini-t2i-compbench"])
+    assert eval_all.main(["--check-models", "--profile", path]) == 2
+    captured = capsys.readouterr()
+    said = " ".join(captured.out.replace("│", " ").split())
+    for words in (
+        "pipeline",
+        "make it: python jobs/quantize.py",
+        "judge",
+        "add models.judge to the",
+        "llava-hf/llava",
+        "language",
+    ):
+        assert words in said
+    assert captured.err == ""
+
+
+def test_a_run_names_models_without_a_name_and_missing_ones_together(refusal, make_profile):
+    missing = {"pipeline": "nobody/FLUX.0", "ternary": "absent/ternary"}
+    path = make_profile(missing, mode="judge", benchmarks=["mini-t2i-compbench"])
+    message = refusal("--profile", path)
+    for words in ("hf download nobody/FLUX.0", "judge (not named) (add models.judge to the profile", "quantize.py"):
+        assert words in message
 
 
 def write_workload(folder: Path, *prompts: str, label: str = "circle", **changes: object) -> str:

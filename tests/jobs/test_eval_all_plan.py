@@ -34,6 +34,11 @@ def test_options_change_the_plan(capsys):
     assert (plan["images"], plan["distinct_prompts"]) == (168, 28)
 
 
+def test_the_official_mode_plans_what_it_can_score(capsys):
+    assert eval_all.main(["--dry-run", "--mode", "official", "--benchmarks", "mini-geneval"]) == 0
+    assert "mini-geneval" in capsys.readouterr().out
+
+
 @pytest.fixture
 def measured(tmp_path):
     """Writes a table as jobs/bench.py images does, with other values for some keys; the file's path."""

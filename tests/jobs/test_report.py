@@ -29,7 +29,7 @@ def plan_of(*variants: str) -> Plan:
 def report(tmp_path: Path):
     """Commits a score for every sample of a plan, and returns the comparisons and the words of what is printed."""
 
-    def run(plan: Plan, score: Scorer, n_failed: int = 0, halved: str | None = None):
+    def run(plan: Plan, score: Scorer, n_failed: int = 0, halved: str | None = None, reason: str | None = None):
         store = ResultStore(str(tmp_path), "mine")
         store.open(plan)
         for shard in plan.shards:
@@ -40,10 +40,13 @@ def report(tmp_path: Path):
                     "pair_id": sample.pair_id,
                     "tag": sample.tag,
                     "prompt_index": sample.prompt_index,
-                    "score": score(shard.key.variant, sample),
+                    "score": found,
+                    "correct": None if found is None or reason else found > 0.5,
+                    "reason": reason if reason and found is not None else "",
                     "drawn_batch_size": 2 if sample.tag == halved else None,
                 }
                 for sample in shard.samples
+                for found in [score(shard.key.variant, sample)]
             ]
             store.commit(shard.key, rows, None)
         models = [ModelMetrics(v, 23_840_000_000, 3_660_000_000, "cuda-peak", 1.25, "print") for v in plan.variants]
@@ -67,6 +70,10 @@ def test_two_variants_side_by_side(report):
     assert overall == ["mini-geneval", "overall", "83.3", "41.7", "-41.7", "-41.7", "to", "-41.7", "-", "24", "0"]
     assert ["ternary", "23.84", "GB", "3.66", "GB", "1.25", "print"] in lines
     assert any("CUDA" in line for line in lines)
+    # Of 24 images and 12 prompts, those of position are all wrong; else bf16's are right, and ternary's first ones.
+    said = [" ".join(line) for line in lines]
+    assert "mini-geneval, bf16: 83.3 % correct images, 83.3 % correct prompts" in said
+    assert "mini-geneval, ternary: 41.7 % correct images, 83.3 % correct prompts" in said
     assert len(comparisons) == 7
 
 
@@ -79,6 +86,16 @@ def test_one_variant_alone(report):
 def test_every_variant_is_compared_with_full_precision(report):
     comparisons, _ = report(plan_of("ternary", "bf16", "ternary-int8"), lambda variant, sample: 1.0)
     assert {(c.baseline, c.variant) for c in comparisons} == {("bf16", "ternary"), ("bf16", "ternary-int8")}
+
+
+def test_scores_that_are_not_right_or_wrong_say_how_they_were_judged(report):
+    def score(variant: str, sample: Sample) -> float | None:
+        return None if sample.tag == "colors" else 0.7
+
+    _, lines = report(plan_of("bf16", "ternary"), score, reason="compatible, rules")
+    said = [" ".join(line) for line in lines]
+    assert "mini-geneval was judged by: compatible, rules" in said
+    assert not any("% correct" in line for line in said)
 
 
 def test_without_full_precision_the_first_is_the_baseline(report):

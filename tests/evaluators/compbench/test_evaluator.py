@@ -1,5 +1,7 @@
 """Each image goes to its category's judge; what cannot be judged becomes an error, and spoils no other."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,12 @@ def test_clip_score_is_the_bare_cosine(clip):
     expected = (clip.image_features(images) * clip.text_features(texts)).sum(-1)
     assert torch.allclose(torch.tensor(found), expected)
     assert ClipScoreJudge(clip).judge([], []) == []
+
+
+def test_clip_score_may_be_below_nothing():
+    opposite = SimpleNamespace(
+        image_features=lambda images: torch.tensor([[-1.0, 0.0]] * len(images)),
+        text_features=lambda texts: torch.tensor([[0.6, 0.8]] * len(texts)),
+    )
+    [judgment] = ClipScoreJudge(opposite).judge([noise(0)], ["a star"])
+    assert judgment.score == pytest.approx(-0.6)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from compbench_fakes import Found, at
 
+from evaluators.base import Detection
 from evaluators.compbench.numeracy import (
     NUMBERS,
     NumeracyJudge,
@@ -24,6 +25,7 @@ PLURALS = {
     "boys": "boy",
     "girls": "girl",
     "ships": "ship",
+    "telivisions": "telivision",
 }
 BY_HAND = {
     "two boys": [("person", 2)],
@@ -51,6 +53,7 @@ BY_HAND = {
         ("four boys, five girls", [("person", 4), ("person", 5)]),
         ("an old ship", []),  # the word after the number is not in the list
         ("one ship", [("boat", 1)]),
+        ("two telivisions", [("tv", 2)]),  # upstream's spelling
         ("nine cups", []),
         ("", []),
         ("zwei Bäume", []),
@@ -84,6 +87,23 @@ def test_doubles_of_one_object_count_once():
     inside, other_label = at("cup", 100, 100, 10, 0.6), at("light", 100, 100, 40, 0.5)
     apart = at("cup", 130, 100, 40, 0.4)
     assert without_doubles([whole, same, inside, other_label, apart]) == [whole, other_label, apart]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "left"),
+    [
+        # Of 100 x 100 pixels with the one that is added, 91 and 89 columns are shared.
+        ((0.0, 0.0, 99.0, 99.0), (9.0, 0.0, 108.0, 99.0), 1),
+        ((0.0, 0.0, 99.0, 99.0), (11.0, 0.0, 110.0, 99.0), 2),
+        # 9.95 of 11 columns with it, 8.95 of 10 without.
+        ((0.0, 0.0, 10.0, 10.0), (1.05, 0.0, 11.05, 10.0), 1),
+        # One inside the other, whichever is the better one.
+        ((0.0, 0.0, 99.0, 99.0), (20.0, 20.0, 40.0, 40.0), 1),
+        ((20.0, 20.0, 40.0, 40.0), (0.0, 0.0, 99.0, 99.0), 1),
+    ],
+)
+def test_boxes_are_one_object_from_nine_tenths_with_a_pixel_added(one, other, left):
+    assert len(without_doubles([Detection("cup", 0.9, one), Detection("cup", 0.8, other)])) == left
 
 
 def test_labels_that_contain_the_name_count_where_none_is_the_name():

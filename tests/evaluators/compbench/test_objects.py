@@ -9,7 +9,13 @@ from evaluators.compbench.objects import first_and_last_noun, frame_scale, frame
 
 @pytest.mark.parametrize(
     ("size", "frame"),
-    [((1024, 1024), (479, 479)), ((128, 128), (479, 479)), ((479, 480), (479, 480)), ((512, 1024), (240, 480))],
+    [
+        ((1024, 1024), (479, 479)),
+        ((128, 128), (479, 479)),
+        ((479, 480), (479, 480)),
+        ((512, 1024), (240, 480)),
+        ((1, 3000), (1, 480)),
+    ],
 )
 def test_the_short_side_becomes_479_and_the_long_one_480_at_most(size, frame):
     height, width = size
@@ -32,6 +38,13 @@ def test_overlaps_are_removed_within_a_class_only():
     apart, near = at("a", 120, 100, score=0.7), at("a", 108, 100, score=0.6)
     kept = framed([at("a", 100, 100, score=0.9), apart, near, at("b", 100, 100, score=0.5)], 479, 479)
     assert [(one.label, one.score) for one in kept] == [("a", 0.9), ("a", 0.7), ("b", 0.5)]
+
+
+@pytest.mark.parametrize(("height", "left"), [(49.0, 2), (50.0, 2), (51.0, 1)])
+def test_a_class_loses_what_overlaps_by_more_than_a_half(height, left):
+    """The second box lies inside the first one, so its share of that is the IoU."""
+    found = [Detection("a", 0.9, (0.0, 0.0, 100.0, 100.0)), Detection("a", 0.8, (0.0, 0.0, 100.0, height))]
+    assert len(framed(found, 479, 479)) == left
 
 
 def test_at_most_300_boxes():

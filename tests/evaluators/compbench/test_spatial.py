@@ -155,6 +155,11 @@ def test_depth_needs_an_overlap(shared, score):
     assert depth_score(first, second, 0.0) == depth_score(first, second, -1.0) == 0
 
 
+def test_an_overlap_of_exactly_a_half_is_nothing():
+    """A quirk: the rule names more than a half, and less."""
+    assert depth_score((0.0, 0.0, 100.0, 100.0), (0.0, 0.0, 100.0, 50.0), 1.0) == 0
+
+
 def test_the_depth_map_is_read_with_x_and_y_swapped_unless_corrected():
     depth = np.zeros((480, 480), np.uint8)
     depth[100:200, 300:400] = 255  # y, x
