@@ -78,6 +78,7 @@ def test_training_lowers_the_held_out_error_and_flips_codes(train, tmp_path, tea
     assert finished(tmp_path / "a", 160) == records
 
 
+@pytest.mark.slow  # torch.compile
 def test_compiled_steps_train_alike_and_go_on_from_a_checkpoint(train, monkeypatch):
     compiled_by_inductor = torch.compile
 

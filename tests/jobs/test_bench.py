@@ -270,6 +270,7 @@ def test_training_on_ranks_that_share_the_model(tmp_path):
     assert row["save_s"] > 0
 
 
+@pytest.mark.slow  # processes that load, one a checkpoint
 def test_loading_is_measured_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("bitflux_core.benchmark.loading.CASES", (("bf16", None), ("ternary", "trits")))
     assert bench.main(["loading", "--tiny", "--output", str(tmp_path)]) == 0
@@ -283,6 +284,7 @@ def test_loading_is_measured_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".parquet"}
 
 
+@pytest.mark.slow  # a process that loads
 def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr("bitflux_core.benchmark.loading.CASES", (("ternary", "trits"),))
     monkeypatch.setattr("bitflux_core.benchmark.loading._drop_from_cache", lambda file: file.write_bytes(b"no"))
