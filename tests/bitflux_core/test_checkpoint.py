@@ -133,8 +133,8 @@ _LOADERS = {
 
 @pytest.fixture(scope="module")
 def large_dir(tmp_path_factory):
-    """FLUX.1-dev's single blocks, ten in place of 38, in the shards that all checkpoints have."""
-    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 10, "guidance_embeds": True})
+    """FLUX.1-dev's single blocks, twenty in place of 38, in the shards that all checkpoints have."""
+    sizes = replace(FLUX_DEV, transformer={"num_layers": 0, "num_single_layers": 20, "guidance_embeds": True})
     folder = tmp_path_factory.mktemp("large") / "ternary"
     save_ternary(random_transformer("ternary", sizes, torch.device("cpu")), folder, {}, method="random")
     return folder
