@@ -22,3 +22,11 @@ def one_thread():
 def device() -> torch.device:
     """Where kernels run: a GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def filled_memory():
+    """torch.empty yields NaN and the largest integers, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -9,12 +9,7 @@ from kernels.factored import TINY, stochastic_round
 SHAPES = [(3, 20), (300, 70), (1, 5000)]
 
 
-@pytest.fixture(autouse=True)
-def filled_memory():
-    """torch.empty yields NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 @pytest.fixture(params=["triton", "torch"])

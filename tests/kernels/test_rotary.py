@@ -17,12 +17,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def filled_memory():
-    """torch.empty yields NaN, so that what the kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 def inputs(heads, size, images, text_tokens, tokens, columns_beside, dtype):

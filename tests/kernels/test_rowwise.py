@@ -21,12 +21,7 @@ TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5}
 SHAPES = [(3, 256, torch.bfloat16), (2, 3072, torch.bfloat16), (4, 130, torch.float32), (2, 1000, torch.float16)]
 
 
-@pytest.fixture(autouse=True)
-def filled_memory():
-    """torch.empty yields NaN and the largest integers, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 def random_rows(m, k, dtype, seed=0, columns_beside=0, mean=0.0):

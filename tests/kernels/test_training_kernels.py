@@ -12,12 +12,7 @@ ROTARY = [(2, 3, 8, 32), (1, 5, 24, 128), (3, 43, 5, 16), (1, 1, 1, 256)]
 WEIGHTS = [(3, 20), (5, 256), (2, 5000)]
 
 
-@pytest.fixture(autouse=True)
-def filled_memory():
-    """torch.empty yields NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("filled_memory")
 
 
 @pytest.fixture
