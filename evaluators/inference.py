@@ -34,6 +34,16 @@ def model_folder(directory: str | Path, role: str, files: tuple[str, ...]) -> Pa
     return folder
 
 
+def configured_labels(folder: str | Path) -> tuple[str, ...]:
+    """The classes of a detector folder, from its configuration alone. UserError where that cannot be read."""
+    file = Path(folder) / "config.json"
+    try:
+        names = json.loads(file.read_text())["id2label"]
+        return tuple(names[str(index)] for index in range(len(names)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} names no classes of a detector ({error!r}): copy the model again") from error
+
+
 def unloadable(folder: Path, role: str, fault: object) -> UserError:
     """The error for a folder whose files are there but are not a usable model; `fault` is cut to its first line."""
     detail = (str(fault).strip() or type(fault).__name__).splitlines()[0]

@@ -62,16 +62,6 @@ class Preprocessing:
         return F.pad((pixels_BCHW / 255 - mean_C) / std_C, (0, -width % self.divisor, 0, -height % self.divisor))
 
 
-def configured_labels(folder: str | Path) -> tuple[str, ...]:
-    """The classes of a detector folder, from its configuration alone. UserError where that cannot be read."""
-    file = Path(folder) / "config.json"
-    try:
-        names = json.loads(file.read_text())["id2label"]
-        return tuple(names[str(index)] for index in range(len(names)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} names no classes of a detector ({error!r}): copy the model again") from error
-
-
 class Mask2Former(ABC):
     """Instance segmentation by the protocol. Batches have one fixed size, so no result depends on its neighbours."""
 

@@ -1,4 +1,7 @@
-"""Which evaluator scores which benchmark, what it needs, and which prompts it can judge."""
+"""Which evaluator scores which benchmark, what it needs, and which prompts it can judge.
+
+Networks are imported where they are built: a job asks here for roles and prompts first, and their classes take seconds.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,20 +10,14 @@ from typing import Any, get_args
 
 from bitflux_core.errors import UserError
 from evaluators.base import Evaluator
-from evaluators.blip_vqa import BlipQuestionAnswerer
-from evaluators.clip import ClipColorClassifier, ClipModel
 from evaluators.compbench.evaluator import CompBenchEvaluator, check_metadata
 from evaluators.compbench.objects import SCORE_THRESHOLD
 from evaluators.compbench.spatial import Mode
-from evaluators.depth import DptDepthEstimator
-from evaluators.detectors import load_detector
 from evaluators.geneval import THRESHOLD, GenEvalEvaluator, Question
 from evaluators.geneval_classes import GENEVAL_CLASSES
+from evaluators.inference import configured_labels
 from evaluators.language import language
-from evaluators.mask2former import configured_labels
 from evaluators.modes import COMPBENCH, check_loadable
-from evaluators.multimodal_judge import JudgeEvaluator, MultimodalModel
-from evaluators.open_vocabulary import load_named_detector
 
 # Folders by role, and under `LANGUAGE` the name of the tool that takes prompts apart.
 Models = Mapping[str, str | Path]
@@ -43,6 +40,9 @@ def _geneval(labels: tuple[str, ...] | None) -> _Kind:
     """GenEval over a detector whose classes are called `labels`, or what its own configuration calls them."""
 
     def build(models: Models, device: str, batch_size: int) -> Evaluator:
+        from evaluators.clip import ClipColorClassifier, ClipModel
+        from evaluators.detectors import load_detector
+
         detector = load_detector(models["detector"], device, batch_size=batch_size, labels=labels, min_score=THRESHOLD)
         return GenEvalEvaluator(detector, ClipColorClassifier(ClipModel(models["clip"], device)))
 
@@ -55,6 +55,11 @@ def _geneval(labels: tuple[str, ...] | None) -> _Kind:
 
 def _compbench(mode: Mode) -> _Kind:
     def build(models: Models, device: str, batch_size: int) -> Evaluator:
+        from evaluators.blip_vqa import BlipQuestionAnswerer
+        from evaluators.clip import ClipModel
+        from evaluators.depth import DptDepthEstimator
+        from evaluators.open_vocabulary import load_named_detector
+
         return CompBenchEvaluator(
             answerer=BlipQuestionAnswerer(models["vqa"], device, batch_size=batch_size),
             detector=load_named_detector(models["named_detector"], device, SCORE_THRESHOLD),
@@ -68,6 +73,8 @@ def _compbench(mode: Mode) -> _Kind:
 
 
 def _judged(models: Models, device: str, batch_size: int) -> Evaluator:
+    from evaluators.multimodal_judge import JudgeEvaluator, MultimodalModel
+
     return JudgeEvaluator(MultimodalModel(models["judge"], device), language(str(models[LANGUAGE])))
 
 

@@ -207,15 +207,25 @@ def qk_norm_rope(
         for part, part_weights in parts:
             size = part_weights[index].shape[0]
             columns = part[..., index * heads * size : (index + 1) * heads * size]
-            head_BSHD = columns.unflatten(-1, (heads, size)).float()
-            rms = head_BSHD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-            normed.append(head_BSHD * rms * part_weights[index].float())
-        x_BSHD = torch.cat(normed, dim=1)
-        real, imaginary = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
-        turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-        y_BSHD = x_BSHD * cos_SD.float()[:, None] + turned_BSHD * sin_SD.float()[:, None]
-        joined.append(y_BSHD.to(qkv_BSC.dtype))
+            normed.append(_rms_normed(columns.unflatten(-1, (heads, size)), part_weights[index], eps))
+        joined.append(_rotated(torch.cat(normed, dim=1), cos_SD, sin_SD).to(qkv_BSC.dtype))
     return joined[0], joined[1]
+
+
+def norm_rope(x_BSHD: Tensor, weight_D: Tensor, cos_SD: Tensor, sin_SD: Tensor, eps: float) -> Tensor:
+    """[B, S, H, D] in x's dtype: RMSNorm by head times `weight`, then rotary embedding, in float32."""
+    return _rotated(_rms_normed(x_BSHD, weight_D, eps), cos_SD, sin_SD).to(x_BSHD.dtype)
+
+
+def _rms_normed(x_BSHD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    x_BSHD = x_BSHD.float()
+    return x_BSHD * (x_BSHD.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight_D.float()
+
+
+def _rotated(x_BSHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    real, imaginary = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
+    turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return x_BSHD * cos_SD.float()[:, None] + turned_BSHD * sin_SD.float()[:, None]
 
 
 def _norm_modulated(x_MK: Tensor, shift_BK: Tensor, scale_BK: Tensor, eps: float) -> Tensor:

@@ -36,11 +36,7 @@ def norm_rope(x_BSHD: Tensor, weight_D: Tensor, cos_SD: Tensor, sin_SD: Tensor, 
     """
     if _by_triton(x_BSHD):
         return _NormRope.apply(x_BSHD, weight_D, cos_SD, sin_SD, eps)
-    x = x_BSHD.float()
-    normed_BSHD = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight_D.float()
-    real, imaginary = normed_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
-    turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (normed_BSHD * cos_SD[:, None] + turned_BSHD * sin_SD[:, None]).to(x_BSHD.dtype)
+    return reference.norm_rope(x_BSHD, weight_D, cos_SD, sin_SD, eps)
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:

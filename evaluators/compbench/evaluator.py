@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from evaluators.base import (
     Score,
     image_fault,
 )
-from evaluators.clip import ClipModel
 from evaluators.compbench.attributes import AttributeJudge
 from evaluators.compbench.categories import ATTRIBUTES, CATEGORIES, COMPLEX, NUMERACY
 from evaluators.compbench.complex import PARTS, ComplexJudge
@@ -24,6 +23,9 @@ from evaluators.compbench.numeracy import NumeracyJudge
 from evaluators.compbench.spatial import DepthJudge, Mode, SpatialJudge
 from evaluators.detector_check import SANITY_NAMES, DetectorRecord, sanity_image
 from evaluators.inference import fingerprint
+
+if TYPE_CHECKING:
+    from evaluators.clip import ClipModel
 
 PROTOCOL = "t2i-compbench"
 
@@ -59,7 +61,7 @@ class CompBenchEvaluator:
         answerer: QuestionAnswerer,
         detector: PromptedDetector,
         depth: DepthEstimator,
-        clip: ClipModel,
+        clip: "ClipModel",
         language: Language,
         mode: Mode,
     ) -> None:

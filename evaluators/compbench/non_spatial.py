@@ -1,17 +1,20 @@
 """Non-spatial relations: CLIPScore, the bare cosine of image and prompt (OpenAI's ViT-B/32, no factor, no clamp)."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluators.clip import ClipModel
 from evaluators.compbench.judgment import Judgment
+
+if TYPE_CHECKING:
+    from evaluators.clip import ClipModel
 
 
 class ClipScoreJudge:
     """Scores each image by the cosine of its features and its text's."""
 
-    def __init__(self, clip: ClipModel) -> None:
+    def __init__(self, clip: "ClipModel") -> None:
         self.clip = clip
 
     def judge(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> list[Judgment]:
