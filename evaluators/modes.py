@@ -1,5 +1,7 @@
 """How closely a protocol is kept where its own models do not load: part of an evaluator's name."""
 
+from typing import Literal
+
 from bitflux_core.errors import UserError
 
 COMPBENCH = "t2i-compbench"
@@ -7,6 +9,8 @@ OFFICIAL = f"{COMPBENCH}-official"
 # official: upstream's models as well; compatible: its rules, quirks included; corrected: quirks repaired; judge:
 # T2I-CompBench++'s multimodal judge in place of all of them.
 MODES = ("official", "compatible", "corrected", "judge")
+Mode = Literal["compatible", "corrected"]  # those of them that keep the rules and run here
+CORRECTIONS = 2  # raised with every repair that can change a score by `corrected`
 
 
 def in_mode(evaluator: str, mode: str) -> str:

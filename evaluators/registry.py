@@ -12,12 +12,11 @@ from bitflux_core.errors import UserError
 from evaluators.base import Evaluator
 from evaluators.compbench.evaluator import CompBenchEvaluator, check_metadata
 from evaluators.compbench.objects import SCORE_THRESHOLD
-from evaluators.compbench.spatial import Mode
 from evaluators.geneval import THRESHOLD, GenEvalEvaluator, Question
 from evaluators.geneval_classes import GENEVAL_CLASSES
 from evaluators.inference import configured_labels
 from evaluators.language import language
-from evaluators.modes import COMPBENCH, check_loadable
+from evaluators.modes import COMPBENCH, Mode, check_loadable
 
 # Folders by role, and under `LANGUAGE` the name of the tool that takes prompts apart.
 Models = Mapping[str, str | Path]

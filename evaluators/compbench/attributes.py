@@ -7,15 +7,19 @@ import numpy as np
 
 from evaluators.base import Language, QuestionAnswerer
 from evaluators.compbench.judgment import Judgment
+from evaluators.modes import Mode
 
-NO_QUESTION = ("top", "the side", "the left", "the right")  # noun phrases that are places
+NO_QUESTION = ("top", "the side", "the left", "the right")  # noun phrases that are places: upstream's list ...
+# ... and what `corrected` adds: of "on side of" and "on the bottom of" upstream asks whether the image shows that.
+PLACES = tuple(article + place for place in ("top", "bottom", "side", "left", "right") for article in ("", "the "))
 MOST_QUESTIONS = 8
 DECIMALS = 4
 
 
-def questions_of(prompt: str, language: Language) -> list[str]:
+def questions_of(prompt: str, language: Language, mode: Mode = "compatible") -> list[str]:
     """What is asked about an image of this prompt."""
-    chunks = [chunk for chunk in language.noun_chunks(prompt) if chunk not in NO_QUESTION]
+    left_out = PLACES if mode == "corrected" else NO_QUESTION
+    chunks = [chunk for chunk in language.noun_chunks(prompt) if chunk not in left_out]
     return [f"{chunk}?" for chunk in chunks[:MOST_QUESTIONS]]
 
 
@@ -27,13 +31,14 @@ def product(answers: Sequence[float]) -> float:
 class AttributeJudge:
     """Asks for each noun phrase of a prompt whether the image shows it."""
 
-    def __init__(self, answerer: QuestionAnswerer, language: Language) -> None:
+    def __init__(self, answerer: QuestionAnswerer, language: Language, mode: Mode = "compatible") -> None:
         self.answerer = answerer
         self.language = language
+        self.mode: Mode = mode
 
     def judge(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Judgment]:
         """One judgment for each image; its details are the questions with the probability of a yes."""
-        asked = [questions_of(prompt, self.language) for prompt in prompts]
+        asked = [questions_of(prompt, self.language, self.mode) for prompt in prompts]
         shown = [image for image, questions in zip(images, asked, strict=True) for _ in questions]
         answers = iter(self.answerer.probability_of_yes(shown, [one for questions in asked for one in questions]))
         judgments = []

@@ -20,9 +20,10 @@ from evaluators.compbench.complex import PARTS, ComplexJudge
 from evaluators.compbench.judgment import Judgment
 from evaluators.compbench.non_spatial import ClipScoreJudge
 from evaluators.compbench.numeracy import NumeracyJudge
-from evaluators.compbench.spatial import DepthJudge, Mode, SpatialJudge
+from evaluators.compbench.spatial import DepthJudge, SpatialJudge
 from evaluators.detector_check import SANITY_NAMES, DetectorRecord, sanity_image
 from evaluators.inference import fingerprint
+from evaluators.modes import CORRECTIONS, Mode
 
 if TYPE_CHECKING:
     from evaluators.clip import ClipModel
@@ -66,7 +67,7 @@ class CompBenchEvaluator:
         mode: Mode,
     ) -> None:
         self.detector = detector
-        attributes = AttributeJudge(answerer, language)
+        attributes = AttributeJudge(answerer, language, mode)
         spatial = SpatialJudge(detector, language, mode)
         in_depth = DepthJudge(detector, depth, language, mode)
         numeracy, clip_score = NumeracyJudge(detector), ClipScoreJudge(clip)
@@ -82,7 +83,8 @@ class CompBenchEvaluator:
             ),
         }
         parts = (answerer, detector, depth, clip, language)
-        self.fingerprint = fingerprint(PROTOCOL, mode, *(part.fingerprint for part in parts))
+        rules = f"{mode} {CORRECTIONS}" if mode == "corrected" else mode
+        self.fingerprint = fingerprint(PROTOCOL, rules, *(part.fingerprint for part in parts))
         self._reason = f"{mode}, {language.name}"
 
     def self_test(self, device: str) -> DetectorRecord:

@@ -1,8 +1,10 @@
 """Places: T2I-CompBench's 2D-spatial and 3D-spatial rules, on the boxes of a detector and a depth map.
 
 Modes: `compatible` keeps upstream's rules, quirks included, on detectors that find what they are asked for by name;
-`corrected` repairs three quirks: "on top of" has no rule upstream, its depth map is read with x and y swapped, and
-boxes keep the image's proportions where the depth map is a square that the image was stretched to.
+`corrected` repairs four quirks: "on top of" has no rule upstream, its depth map is read with x and y swapped, boxes
+keep the proportions of the image where the depth map is a square that it was stretched to, and an object's depth is its
+box's mean, so that what a ring's box holds beside the ring counts too: where the detector gives masks, they say which
+pixels are the object's.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,8 @@ import numpy as np
 from evaluators.base import Box, DepthEstimator, Detection, Language, PromptedDetector
 from evaluators.compbench.judgment import Judgment
 from evaluators.compbench.objects import as_detail, first_and_last_noun, frame_scale, framed, iou, person_or
+from evaluators.modes import Mode
 
-Mode = Literal["compatible", "corrected"]
 Direction = Literal["near", "left", "right", "top", "bottom"]
 
 # What a prompt says, in the order in which upstream looks for it, and the rule that it means.
@@ -112,6 +114,22 @@ def mean_depth(depth_HW: np.ndarray, box: Box, mode: Mode, image_size: tuple[int
     y1, y2 = (int(edge * height / frame_height) for edge in (box[1], box[3]))
     part = depth_HW[y1:y2, x1:x2] if mode == "corrected" else depth_HW[x1:x2, y1:y2]
     return float(part.mean()) if part.size else 0.0
+
+
+def object_depth(depth_HW: np.ndarray, found: Detection, mode: Mode, image_size: tuple[int, int]) -> float:
+    """Mean of a depth map over an object of the frame: over its mask's pixels in `corrected`, or those of its box.
+
+    The mask is of the image, whose (height, width) is `image_size`; each pixel of the map looks up the nearest of it.
+    """
+    if mode == "corrected" and found.mask is not None:
+        rows, columns = (
+            (2 * np.arange(side) + 1) * length // (2 * side)
+            for side, length in zip(depth_HW.shape, found.mask.shape, strict=True)
+        )
+        inside_HW = found.mask[np.ix_(rows, columns)]
+        if inside_HW.any():
+            return float(depth_HW[inside_HW].mean())
+    return mean_depth(depth_HW, found.box, mode, image_size)
 
 
 def combined(first: Detection | None, second: Detection | None, position: float) -> float:
@@ -229,7 +247,7 @@ def judge_depth(
     position = 0.0
     details = [as_detail("first", pair[0], first), as_detail("second", pair[1], second)]
     if first and second:
-        near_first, near_second = (mean_depth(depth_HW, one.box, mode, image_size) for one in (first, second))
+        near_first, near_second = (object_depth(depth_HW, one, mode, image_size) for one in (first, second))
         nearness = _nearness(prompt, near_first - near_second)
         position = depth_score(first.box, second.box, nearness)
         details.append({"depths": [round(near_first, 1), round(near_second, 1)], "position": round(position, 4)})

@@ -41,6 +41,14 @@ def test_places_are_not_asked_about_and_eight_is_the_most():
     assert questions_of("top|" + "|".join("abcdefgh"), Chunks())[-1] == "h?"
 
 
+def test_corrected_asks_about_no_place_at_all():
+    prompt = "side|the bottom|the top|a cat|left|right|the side table"
+    assert questions_of(prompt, Chunks(), "corrected") == ["a cat?", "the side table?"]
+    answers = Answers({"a cat?": 0.9, "side?": 0.0})
+    (judgment,) = AttributeJudge(answers, Chunks(), "corrected").judge([image(1)], ["a cat|side"])
+    assert judgment.score == 0.9
+
+
 def test_a_real_prompt_is_asked_about_by_its_noun_phrases():
     assert questions_of("a green bench and a blue bowl", RuleLanguage()) == ["a green bench?", "a blue bowl?"]
 

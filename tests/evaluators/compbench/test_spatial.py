@@ -1,5 +1,7 @@
 """2D-spatial and 3D-spatial on constructed boxes and depth maps, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from compbench_fakes import Found, at
@@ -10,6 +12,7 @@ from evaluators.compbench.spatial import (
     depth_score,
     judge_depth,
     mean_depth,
+    object_depth,
     position_score,
     relation_of,
     scanned,
@@ -182,6 +185,30 @@ def test_boxes_of_an_oblong_image_are_read_where_the_square_depth_map_shows_them
     assert mean_depth(depth, box, "corrected", (200, 400)) == 200
     assert mean_depth(depth, box, "compatible", (200, 400)) == 0  # rows 240 to 480, columns 120 to 240
     assert mean_depth(depth, (120.0, 240.0, 240.0, 480.0), "corrected", (400, 200)) == 200
+
+
+def test_where_there_is_a_mask_it_says_which_pixels_are_the_objects():
+    """A ring's box is as deep as the ring and what lies inside it; only `corrected` asks the mask."""
+    depth = np.zeros((480, 480), np.uint8)
+    depth[:, 120:240] = 200  # x from 120 to 240, and in an image of 96 x 192 columns 48 to 96
+    mask = np.zeros((96, 192), bool)
+    mask[:, 48:96] = True
+    ring = replace(at("ring", 120, 120, 240), box=(0.0, 0.0, 240.0, 240.0), mask=mask)
+    assert object_depth(depth, ring, "corrected", (96, 192)) == 200
+    assert object_depth(depth, ring, "compatible", FRAME) == mean_depth(depth, ring.box, "compatible", FRAME) == 100
+    for missing in (None, np.zeros((96, 192), bool)):
+        boxed = replace(ring, mask=missing)
+        assert object_depth(depth, boxed, "corrected", FRAME) == mean_depth(depth, ring.box, "corrected", FRAME) == 100
+
+
+def test_masks_decide_which_object_is_nearer():
+    boxed = overlapping()  # by boxes the first is nearer
+    far = np.arange(480) >= 240
+    masks = [np.tile(columns, (480, 1)) for columns in (far, ~far)]
+    masked = [replace(one, mask=mask) for one, mask in zip(boxed, masks, strict=True)]
+    prompt = "a cat in front of a dog"
+    scores = [judge_depth(found, half_near(), ("cat", "dog"), prompt, "corrected", FRAME) for found in (boxed, masked)]
+    assert [judgment.score for judgment in scores] == pytest.approx([0.4 + 0.5 * 2 / 3, 0.4])
 
 
 def overlapping():
