@@ -8,6 +8,7 @@ configuration names a `low_rank` R, `name.down` [R, K] and `name.up` [N, R] corr
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from bitflux_core.accounting import SizeReport, size_report
-from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD
+from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD, BitFluxConfig, as_loaded
 from bitflux_core.errors import UserError
 from bitflux_core.files import file_digest, fingerprint, read_json
 from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+INDEX = f"{FILE_PATTERN.format(suffix='')}.index.json"
 # A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
 SHARD_SIZE = "25MB"
 
@@ -122,7 +124,7 @@ def load_ternary(
     config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
     header = _take_header(config, directory)
     model = _empty_ternary(config, header, directory, activations, execution)
-    files = header.get("files") or dict.fromkeys(sorted(file.name for file in directory.glob("*.safetensors")))
+    files = header.get("files") or dict.fromkeys(_named_by_diffusers(directory))
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}
@@ -134,6 +136,7 @@ def load_ternary(
     if missing:
         raise UserError(f"{directory} lacks tensor {missing[0]} and {len(missing) - 1} more: {REMEDY}")
     model.load_state_dict(loaded, assign=True)
+    as_loaded(model, _config_of(header, activations))
     return model.eval().requires_grad_(False)
 
 
@@ -187,6 +190,23 @@ def _take_header(config: dict, directory: Path) -> dict:
             "update BitFlux or make the checkpoint again"
         )
     return header
+
+
+def _named_by_diffusers(directory: Path) -> list[str]:
+    """Names of the tensor files of a folder that diffusers saved; others in it may be of another variant."""
+    index = directory / INDEX
+    if not index.is_file():
+        return [FILE_PATTERN.format(suffix="")]
+    places = read_json(index, REMEDY).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} does not say which file holds which tensor: {REMEDY}")
+    return sorted(set(places.values()))
+
+
+def _config_of(header: dict, activations: Activations) -> BitFluxConfig:
+    """The header as diffusers would have it; the digests are of these files, not of those it may be saved to."""
+    kept = {field.name for field in fields(BitFluxConfig)} - {"quant_method", "activations", "files"}
+    return BitFluxConfig(**{name: header[name] for name in kept & header.keys()}, activations=activations)
 
 
 def _exact_tensors(transformer: FluxTransformer2DModel) -> set[str]:

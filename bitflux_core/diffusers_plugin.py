@@ -69,6 +69,15 @@ class BitFluxQuantizer(DiffusersQuantizer):
     requires_calibration = True  # it loads what jobs/quantize.py made, and quantizes nothing by itself
     quantization_config: BitFluxConfig
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """ValueError for modules that accelerate would offload: its hooks move parameters, and codes are none."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                "a ternary transformer cannot be offloaded in part: give it a whole device (device_map='cuda'), "
+                "or more memory in max_memory"
+            )
+
     def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: list[str], **_: Any) -> None:
         from bitflux_core.layers import empty_ternary_linears
 
@@ -118,15 +127,17 @@ class BitFluxQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from bitflux_core.linear import TernaryLinear
+        from bitflux_core.tensor_files import check_floats
 
-        for name, layer in model.named_modules():
-            if isinstance(layer, TernaryLinear) and not (layer.scale.isfinite() & (layer.scale >= 0)).all():
-                raise ValueError(f"{name}.scale has values that are no scales: copy or make the checkpoint again")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_meta:  # diffusers warns of it, and computes with whatever is in memory
+                raise ValueError(f"{name} is in none of the checkpoint's files: copy or make the checkpoint again")
+            if tensor.is_floating_point():
+                owner, _, part = name.rpartition(".")
+                is_scale = part == _SCALE and isinstance(model.get_submodule(owner), TernaryLinear)
+                check_floats(name, tensor, is_scale=is_scale)
         self.quantization_config.files = None  # digests of these files, not of those that the model may be saved to
-        model.load_lora_adapter = _refuse_lora
-        _refuse_loras_of_pipelines()
-        model.save_pretrained = types.MethodType(_save_with_card, model)
-        model.push_to_hub = types.MethodType(_push_with_card, model)
+        _equip(model)
         model.requires_grad_(False)
 
     def get_state_dict_and_metadata(
@@ -149,6 +160,20 @@ def register() -> None:
     """Adds BitFlux to diffusers' tables of quantizers."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BitFluxQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BitFluxConfig
+
+
+def as_loaded(model: Any, config: BitFluxConfig) -> None:
+    """Makes a ternary transformer what `from_pretrained` would give: it saves itself as a ternary checkpoint."""
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = BitFluxQuantizer(config, pre_quantized=True)
+    _equip(model)
+
+
+def _equip(model: Any) -> None:
+    model.load_lora_adapter = _refuse_lora
+    _refuse_loras_of_pipelines()
+    model.save_pretrained = types.MethodType(_save_with_card, model)
+    model.push_to_hub = types.MethodType(_push_with_card, model)
 
 
 def _refuse_lora(*_: Any, **__: Any) -> None:

@@ -179,7 +179,7 @@ class EndToEnd:
                     trained,
                     sigmas,
                     guidance,
-                    slots=-(-WEIGHED_ON // share) * share,
+                    slots=-(-WEIGHED_ON // settings.batch) * settings.batch,  # as many on many GPUs as on one
                     batch=share,
                     seed=seed_of(settings.seed, 3),
                     **common,
@@ -351,7 +351,7 @@ class EndToEnd:
             self.best, self.waited = self.records[-1].held_out, 0
             self._save_best()
         if self.waited >= self.settings.patience:
-            self.step = self.native_steps if self.step < self.native_steps else self.settings.steps
+            self.step = self.native_steps if self.begun == "native" else self.settings.steps
         self.save()
 
     def _record(self, phase: str, loss: float | None, began: float) -> None:

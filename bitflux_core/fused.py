@@ -377,5 +377,10 @@ class FusedFluxTransformer2DModel(FluxTransformer2DModel):
         return self
 
 
+# By these diffusers writes into config.json and model_index.json what to load again: that is the plain model.
+FusedFluxTransformer2DModel.__name__ = FluxTransformer2DModel.__name__
+FusedFluxTransformer2DModel.__module__ = FluxTransformer2DModel.__module__
+
+
 def _within_float16(x: Tensor) -> Tensor:
     return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x

@@ -1,8 +1,9 @@
 """Reading the tensors of a ternary checkpoint, each one checked before it is used."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,9 +52,9 @@ def read_tensors(
                     raise UserError(f"{file}: tensor {name} {problem}: {REMEDY}")
                 tensor = tensors.get_tensor(name)
                 if name in columns:
-                    yield name, _planes(file, name, tensor, len(expected[name]), columns[name])
+                    yield name, _checked(file, planes_of, tensor, name, len(expected[name]), columns[name])
                 else:
-                    _check_floats(file, name, tensor, is_scale=name in exact)
+                    _checked(file, check_floats, name, tensor, name in exact)
                     yield name, tensor.clone()  # a view of the file would keep all of its pages in memory
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
@@ -68,11 +69,21 @@ def planes_of(stored: Tensor, name: str, rows: int, in_features: int) -> Tensor:
     return stored
 
 
-def _planes(file: Path, name: str, stored: Tensor, rows: int, in_features: int) -> Tensor:
+def check_floats(name: str, tensor: Tensor, is_scale: bool) -> None:
+    """ValueError for a value that is not finite, and for a negative scale."""
+    low, high = tensor.aminmax()  # without the temporaries of isfinite; a NaN is both
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"{name} holds a value that is not finite")
+    if is_scale and low < 0:
+        raise ValueError(f"{name} holds a negative scale")
+
+
+def _checked(file: Path, check: Callable[..., Any], *arguments: Any) -> Any:
+    """What `check` gives, or its ValueError as a UserError of this file."""
     try:
-        return planes_of(stored, name, rows, in_features)
+        return check(*arguments)
     except ValueError as error:
-        raise UserError(f"{file}: {error}: {REMEDY}") from error
+        raise UserError(f"{file}: tensor {error}: {REMEDY}") from error
 
 
 def _misfit(
@@ -94,11 +105,3 @@ def _misfit(
     if dtype not in types:
         return f"has type {dtype} in place of {' or '.join(types)}"
     return None
-
-
-def _check_floats(file: Path, name: str, tensor: Tensor, is_scale: bool) -> None:
-    low, high = tensor.aminmax()  # without the temporaries of isfinite; a NaN is both
-    if not (low.isfinite() and high.isfinite()):
-        raise UserError(f"{file}: tensor {name} holds a value that is not finite: {REMEDY}")
-    if is_scale and low < 0:
-        raise UserError(f"{file}: tensor {name} holds a negative scale: {REMEDY}")

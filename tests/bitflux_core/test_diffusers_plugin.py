@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitflux_core.checkpoint import load_ternary
+from bitflux_core.diffusers_plugin import BitFluxConfig, BitFluxQuantizer
 from bitflux_core.errors import UserError
-from bitflux_core.fused import fuse
+from bitflux_core.fused import FusedFluxTransformer2DModel, fuse
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
 
+LAYER = "single_transformer_blocks.0.proj_out"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -46,7 +49,7 @@ def test_diffusers_loads_what_bitflux_saved(ternary_dir, dtype):
     loaded = FluxTransformer2DModel.from_pretrained(ternary_dir, dtype=dtype)
     assert_same(loaded, load_ternary(ternary_dir, dtype=dtype, device="cpu"))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert type(fuse(loaded)).__name__ == "FusedFluxTransformer2DModel"
+    assert isinstance(fuse(loaded), FusedFluxTransformer2DModel)
 
 
 @pytest.mark.parametrize("codes", ["planes", "trits"])
@@ -65,9 +68,14 @@ def test_what_diffusers_saves_both_can_load(copy, tmp_path, codes):
     assert codes in card
 
 
-def test_a_whole_pipeline_is_saved_and_loaded(pipeline_dir, ternary_dir, tmp_path):
-    transformer = FluxTransformer2DModel.from_pretrained(ternary_dir, dtype=torch.bfloat16)
-    FluxPipeline.from_pretrained(pipeline_dir, transformer=transformer).save_pretrained(tmp_path / "whole")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("load", [FluxTransformer2DModel.from_pretrained, partial(load_ternary, device="cpu")])
+def test_a_whole_pipeline_is_saved_and_loaded(pipeline_dir, ternary_dir, tmp_path, load, fused):
+    transformer = load(ternary_dir, dtype=torch.bfloat16)
+    pipeline = FluxPipeline.from_pretrained(pipeline_dir, transformer=transformer)
+    if fused:
+        pipeline.transformer = fuse(transformer)
+    pipeline.save_pretrained(tmp_path / "whole")
     loaded = FluxPipeline.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     assert isinstance(loaded.transformer.single_transformer_blocks[0].proj_out, TernaryLinear)
     assert_same(loaded.transformer, transformer)
@@ -148,7 +156,7 @@ def test_a_damaged_file_is_named(copy):
 
 @pytest.mark.parametrize(
     ("part", "value", "words"),
-    [("packed", 250, "which is no five ternary codes"), ("scale", float("nan"), "no scales")],
+    [("packed", 250, "which is no five ternary codes"), ("scale", float("nan"), "not finite")],
 )
 def test_a_senseless_tensor_is_named(copy, part, value, words):
     name = f"single_transformer_blocks.0.proj_out.{part}"
@@ -161,6 +169,45 @@ def test_a_senseless_tensor_is_named(copy, part, value, words):
     edit_config(copy, files=None)
     with pytest.raises(ValueError, match=rf"single_transformer_blocks\.0\.proj_out.*{words}"):
         FluxTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["x_embedder.weight", *(f"{LAYER}.{part}" for part in ("packed", "scale", "bias"))])
+def test_a_missing_tensor_is_named(copy, name):
+    """diffusers itself would compute with what is in memory by chance."""
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, shard, metadata={"format": "pt"})
+    edit_config(copy, files=None)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is in none of the checkpoint's files"):
+        FluxTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("places", [{"": "disk"}, {"x_embedder": 0, "single_transformer_blocks": "cpu"}])
+def test_offloading_in_part_is_refused_with_the_remedy(places):
+    with pytest.raises(ValueError, match="give it a whole device"):
+        BitFluxQuantizer(BitFluxConfig()).validate_environment(device_map=places)
+    for whole in (None, "auto", {"": "cpu"}, {"": 0}, {"x_embedder": 0, "proj_out": 1}):
+        BitFluxQuantizer(BitFluxConfig()).validate_environment(device_map=whole)
+
+
+def test_what_bitflux_loaded_says_how_it_was_made_and_takes_no_lora(ternary_dir, tmp_path):
+    loaded = load_ternary(ternary_dir, dtype=torch.bfloat16, device="cpu", activations="int8")
+    loaded.save_pretrained(tmp_path / "new")
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (ternary_dir, tmp_path / "new"))
+    for key in ("quant_method", "method", "provenance", "codes"):
+        assert new["quantization_config"][key] == old["quantization_config"][key]
+    assert new["quantization_config"]["activations"] == "int8"
+    with pytest.raises(ValueError, match="LoRA cannot be added"):
+        loaded.load_lora_adapter({})
+
+
+def test_another_variant_in_the_folder_is_not_mixed_in(ternary_dir, tmp_path):
+    first, second = (FluxTransformer2DModel.from_pretrained(ternary_dir, dtype=torch.bfloat16) for _ in range(2))
+    second.x_embedder.weight.add_(1)
+    first.save_pretrained(tmp_path / "both", max_shard_size="40KB")
+    second.save_pretrained(tmp_path / "both", max_shard_size="40KB", variant="zz")
+    assert_same(load_ternary(tmp_path / "both", dtype=torch.bfloat16, device="cpu"), first)
 
 
 def test_importing_bitflux_imports_neither_torch_nor_diffusers():

@@ -215,6 +215,16 @@ def test_a_phase_that_gains_nothing_ends_early_and_the_best_weights_stay(train, 
     assert finished(tmp_path / "a", 40) is not None
 
 
+def test_the_int8_phase_comes_also_where_patience_ends_with_the_native_one(train, monkeypatch):
+    run = train("a", steps=8, int8_steps=2, patience=2)
+    monkeypatch.setattr(run, "_rate_factor", lambda: 0.5)
+    monkeypatch.setattr(run, "held_out_error", iter([0.5, 0.4, 0.6, 0.6, 0.7, 0.6]).__next__)
+    records = run.run()
+    assert [(record.step, record.phase) for record in records] == [
+        (0, "native"), (2, "native"), (4, "native"), (6, "native"), (6, "int8"), (8, "int8")
+    ]  # fmt: skip
+
+
 def test_nothing_is_given_up_while_rates_are_high(train, monkeypatch):
     run = train("a", steps=16, int8_steps=0, patience=2)
     monkeypatch.setattr(run, "held_out_error", iter([0.5] + [0.6] * 8).__next__)
