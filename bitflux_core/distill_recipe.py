@@ -56,7 +56,7 @@ class EndToEndSettings:
 
 
 # For FLUX.1-dev; how the mini FLUX is trained differs in steps and batch.
-RECIPE = EndToEndSettings(steps=10_000, int8_steps=2_500, batch=1, sampler_steps=28, guidance=3.5)
+RECIPE = EndToEndSettings(steps=10_000, int8_steps=2_500, batch=1, sampler_steps=50, guidance=3.5)
 
 
 @dataclass(frozen=True)

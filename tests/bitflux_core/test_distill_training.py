@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from bitflux_core.benchmark.distill import velocities_before
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear
 from bitflux_core.distill_checkpoint import latest_checkpoint
@@ -231,6 +232,20 @@ def test_nothing_is_given_up_while_rates_are_high(train, monkeypatch):
     records = run.run()
     assert [record.step for record in records] == [0, 2, 4, 6, 8, 10, 12]  # the rate is at half after the ninth
     assert run.step == 16
+
+
+def test_velocities_before_the_first_step_are_those_that_the_bench_counts(train, monkeypatch):
+    computed = []
+    for method in ("_teach", "_predict"):
+        plain = getattr(EndToEnd, method)
+
+        def counted(self, inputs, plain=plain):
+            computed.append(len(inputs["timestep"]))
+            return plain(self, inputs)
+
+        monkeypatch.setattr(EndToEnd, method, counted)
+    run = train("a", held_out=(20, 21, 22, 23))
+    assert sum(computed) == velocities_before(replace(run.settings, held_out=4))
 
 
 def test_int8_is_simulated_in_the_last_phase_only(train):
