@@ -266,9 +266,8 @@ def _several(gpus: int) -> "Iterator[Callable[[EndToEndTask], None] | None]":
 
 def _report(name: str, rows: "list[Snr]") -> None:
     block, layers = rows[-1], rows[:-1]
-    measured = [
-        (row.weight_snr_db, row.name) for row in layers if row.weight_snr_db is not None
-    ]  # weights of zero: none
+    # Weights of zero have no ratio.
+    measured = [(row.weight_snr_db, row.name) for row in layers if row.weight_snr_db is not None]
     if measured:
         worst, layer = min(measured)
         line = f"{name}: weights {worst:.1f} dB at worst ({layer.removeprefix(f'{name}.')})"

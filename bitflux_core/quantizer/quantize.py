@@ -126,8 +126,9 @@ def quantize(
     recipe = _without(provenance, "end_to_end")
     work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: f"{dtype} on {device.type}"})
     if written:
-        if _header(output).get("provenance") != json.loads(json.dumps(provenance)):
-            check_unused(output)  # another training behind the same blocks
+        header = _header(output)
+        if (header.get("provenance"), header.get("codes")) != (json.loads(json.dumps(provenance)), settings.codes):
+            check_unused(output)  # another training behind the same blocks, or other files of the same codes
         work.remove()
         return load_ternary(output, dtype=dtype, device="cpu")
     if task:

@@ -205,6 +205,8 @@ def test_a_run_killed_with_its_checkpoint_in_place_has_only_to_clean_up(settings
     before = {path.name: path.read_bytes() for path in (tmp_path / "twin").iterdir()}
     with pytest.raises(UserError, match=r"another recipe \(seed: 0, not 1\)"):
         quantize(lively_dir, tmp_path / "twin", replace(plain, seed=1), CPU, ignore)
+    with pytest.raises(UserError, match="is in use"):
+        quantize(lively_dir, tmp_path / "twin", replace(plain, codes="planes"), CPU, ignore)
     with monkeypatch.context() as patch:  # killed again, while it cleans up
         unlink = Path.unlink
         patch.setattr(Path, "unlink", lambda path: unlink(path) or sys.exit(path.name))
