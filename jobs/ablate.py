@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
 from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive
-from jobs.quantize import calibration_prompts, distill_prompts, natural
+from jobs.quantize import calibration_prompts, distill_prompts, seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=1000, metavar="N", help="of training end to end (%(default)s)")
     add("--batch", type=positive, default=256, metavar="N", help="of training end to end (%(default)s)")
     add("--distill-prompts", type=positive, metavar="N", help="prompts for it (the profile's, else all there are)")
-    add("--seed", type=natural, default=0, metavar="N", help="(%(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
     args = parser.parse_args(argv)
     args.init = "compensated"  # some rows need calibration
     return args

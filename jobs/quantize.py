@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--distill-rate", type=rate, metavar="R", help="learning rate of latent weights, in scales (0.005)")
     add("--distill-compiled", action="store_true", help="faster by torch.compile, but no two runs give the same codes")
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
-    add("--seed", type=natural, default=0, metavar="N", help="of noise, states and training (%(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (see below)")
     parser.epilog = (
         "Without --output the checkpoint becomes the profile's models.ternary or, where there is one already, "
@@ -75,6 +75,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def natural(text: str) -> int:
     """A whole number of at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, with room for those that are counted up from it."""
+    number = natural(text)
+    if number >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not below 2^63")
+    return number
 
 
 def rate(text: str) -> float:
@@ -96,9 +104,8 @@ def _quantize(args: argparse.Namespace) -> int:
     import torch  # after parsing: a mistake on the command line is answered at once
 
     from bitflux_core.accounting import size_report
-    from bitflux_core.checkpoint import check_unused
     from bitflux_core.prompts import check_prompt_lengths
-    from bitflux_core.quantizer.quantize import LOG, PLOT, TABLE, QuantizeSettings, quantize
+    from bitflux_core.quantizer.quantize import LOG, PLOT, TABLE, QuantizeSettings, check_output, quantize
     from cluster.manifests import REPOSITORY
     from cluster.model_files import locate
     from cluster.profile import load_profile
@@ -109,7 +116,8 @@ def _quantize(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     known = REPOSITORY / profile.models.ternary if profile.models.ternary else None
-    output = check_unused(args.output or _free(profile.name, known))  # before the work, not after
+    output = args.output or _free(profile.name, known)
+    check_output(output)  # before the work, not after
     prompts = calibration_prompts(profile, args)
     check_prompt_lengths(pipeline_dir, prompts, profile.sampling.max_sequence_length)
     end_to_end, distill_prompts = _end_to_end(profile, args)
@@ -145,18 +153,20 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"log of the training end to end: {output / LOG}")
     if known and known != output and (known / "config.json").is_file():
         print(f"{_codes_alike(transformer, known):.2%} of the codes are those of {known}")
-    print(f"written to {output}; signal-to-noise ratios of all layers: {TABLE}, {PLOT}")
+    before = ", before the training end to end" if end_to_end else ""
+    print(f"written to {output}; signal-to-noise ratios of all layers{before}: {TABLE}, {PLOT}")
     return COMPLETE
 
 
 def _free(name: str, known: Path | None) -> Path:
     """`known`, the place of the profile's ternary weights, or another if there is something already."""
-    from bitflux_core.checkpoint import check_unused
+    from bitflux_core.quantizer.quantize import check_output
 
     if known is None:
         raise UserError(f"profile {name} names no models.ternary: give --output a folder")
     try:
-        return check_unused(known)
+        check_output(known)
+        return known
     except UserError:
         return Path(f"ternary-{name}")
 
@@ -256,8 +266,13 @@ def _several(gpus: int) -> "Iterator[Callable[[EndToEndTask], None] | None]":
 
 def _report(name: str, rows: "list[Snr]") -> None:
     block, layers = rows[-1], rows[:-1]
-    worst = min(layers, key=lambda row: row.weight_snr_db or 0)
-    line = f"{name}: weights {worst.weight_snr_db:.1f} dB at worst ({worst.name.removeprefix(f'{name}.')})"
+    # Weights of zero have no ratio.
+    measured = [(row.weight_snr_db, row.name) for row in layers if row.weight_snr_db is not None]
+    if measured:
+        worst, layer = min(measured)
+        line = f"{name}: weights {worst:.1f} dB at worst ({layer.removeprefix(f'{name}.')})"
+    else:
+        line = f"{name}: all weights are zero"
     if block.output_snr_db is not None:
         line += f", output {block.output_snr_db:.1f} dB"
     print(line, flush=True)

@@ -1,6 +1,6 @@
 """The ablation: one ternary transformer for every step of the method, and for what the method leaves out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,14 @@ from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.end_to_end import EndToEndTask, split_prompts
-from bitflux_core.quantizer.quantize import QuantizeSettings, calibrate, collect, encode, provenance_of
+from bitflux_core.quantizer.quantize import (
+    QuantizeSettings,
+    calibrate,
+    collect,
+    digest_of,
+    encode,
+    provenance_of,
+)
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import least_squares
@@ -107,8 +114,10 @@ class Ablation:
         self.settings, self.budget, self.device = settings, budget, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = BlockSource(pipeline_dir / "transformer", device, dtype)
-        prompts = {"distill_prompts": len(settings.distill_prompts)}
-        self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget), **prompts}
+        # Trainings go on from what lies in their folders: all that they are made by is part of the recipe.
+        trained = {variant.name: asdict(self._training(variant)) for variant in VARIANTS if variant.distilled}
+        prompts = {"distill_prompts": digest_of(settings.distill_prompts)}
+        self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget), **prompts, "end_to_end": trained}
         self.calibration: CalibrationSet = calibrate(
             self.source, pipeline_dir, settings, WorkFolder(directory / "calibration", self.recipe)
         )
@@ -156,9 +165,8 @@ class Ablation:
         quantize_blocks(self.source, self.calibration, how, work)
         return collect(self.source, work)
 
-    def _distilled(self, variant: Variant, start: FluxTransformer2DModel) -> FluxTransformer2DModel:
-        """Rows that differ only in how they draw share one training."""
-        how = EndToEndSettings(
+    def _training(self, variant: Variant) -> EndToEndSettings:
+        return EndToEndSettings(
             steps=self.budget.distill_steps,
             int8_steps=self.budget.distill_steps // 4 if variant.int8_in_training else 0,
             batch=self.budget.batch,
@@ -169,6 +177,10 @@ class Ablation:
             optimizer=self.budget.optimizer,
             seed=self.settings.seed,
         )
+
+    def _distilled(self, variant: Variant, start: FluxTransformer2DModel) -> FluxTransformer2DModel:
+        """Rows that differ only in how they draw share one training."""
+        how = self._training(variant)
         prompts = split_prompts(self.settings.distill_prompts, how.held_out, how.seed)
         name = f"end-to-end-own-{how.own_states}-int8-{how.int8_steps}{'-weighted' if how.weighted else ''}"
         folder = self.directory.absolute() / name

@@ -5,7 +5,7 @@ Legend: N output features, K input features, R rank of a correction.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from bitflux_core.low_rank import LowRank, best_low_rank
 from bitflux_core.quantizer.blocks import BlockSource, Stream, recorded_inputs
 from bitflux_core.quantizer.calibration import Calibration, States
 from bitflux_core.quantizer.compensation import Compensator, InputMoments
-from bitflux_core.quantizer.reconstruction import ReconstructionSettings, reconstruct
+from bitflux_core.quantizer.reconstruction import Reconstruction, ReconstructionSettings, reconstruct
 from bitflux_core.quantizer.snr import Snr, measure
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import TernaryWeight, absmean, least_squares
@@ -96,9 +96,11 @@ def quantize_blocks(
     for name in source.names:
         teacher = source.block(name)
         if not work.holds(name):
-            tensors = _quantize_block(name, teacher, teacher_streams, student_streams, settings)
+            tensors, training = _quantize_block(name, teacher, teacher_streams, student_streams, settings)
             student = assemble(teacher, tensors)
             rows = measure(name, teacher, student, teacher_streams, student_streams)
+            if training:
+                rows[-1] = replace(rows[-1], **asdict(training))
             work.save(name, tensors, rows)
         tensors, rows = work.load(name)
         report(name, rows)
@@ -129,8 +131,8 @@ def assemble(teacher: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 def _quantize_block(
     name: str, teacher: nn.Module, teacher_streams: list[Stream], student_streams: list[Stream], settings: WalkSettings
-) -> dict[str, Tensor]:
-    """The ternary block's tensors, as `assemble` takes them, on the CPU."""
+) -> tuple[dict[str, Tensor], Reconstruction | None]:
+    """The ternary block's tensors, as `assemble` takes them, on the CPU; and how its training went, if it had one."""
     student, teacher_dtype = copy.deepcopy(teacher), next(teacher.parameters()).dtype
     weights: dict[str, TernaryWeight] = {}
     for stage in STAGES[name.split(".")[0]][0 if settings.modulation else 1 :]:
@@ -146,8 +148,9 @@ def _quantize_block(
             linear.weight.copy_(ternary.dequantize())
             if shift_N is not None and linear.bias is not None:
                 linear.bias.add_(shift_N.to(linear.bias.dtype))
+    training = None
     if settings.reconstruction:
-        weights, _ = reconstruct(
+        weights, training = reconstruct(
             name, teacher, student, weights, teacher_streams, student_streams, settings.reconstruction
         )
     tensors = {
@@ -160,7 +163,7 @@ def _quantize_block(
             for part, thin in zip(("up", "down"), ternary.correction, strict=True):
                 # As a checkpoint has it: later blocks must see no more than it keeps.
                 tensors[f"{layer}.{part}"] = thin.bfloat16().to(teacher_dtype).cpu().contiguous()
-    return tensors
+    return tensors, training
 
 
 Quantized = Iterator[tuple[str, TernaryWeight, Tensor | None]]  # a layer, its weight, what its bias gains

@@ -23,6 +23,7 @@ from bitflux_core.layers import BLOCKS
 REMEDY = "copy the model again"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+AXES = 3  # of a token's place
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -87,8 +88,18 @@ class BlockSource:
                 f"{self.directory} makes {config.out_channels} channels of {config.in_channels}: "
                 "a FLUX that is given an image (Fill, Control) cannot be quantized without images"
             )
+        axes, head = config.axes_dims_rope, config.attention_head_dim
+        # Rotations by time, row and column of a token share the channels of a head, in pairs.
+        sizes = isinstance(axes, list | tuple) and all(isinstance(axis, int) and axis % 2 == 0 for axis in axes)
+        if not sizes or len(axes) != AXES or min(axes) < 0 or sum(axes) != head:
+            raise UserError(
+                f"{self.directory}/config.json: axes_dims_rope {axes} must be {AXES} even numbers that add up to "
+                f"attention_head_dim {head}: {REMEDY}"
+            )
         self._files = _tensor_files(self.directory)
         self.names = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(self.empty, kind)))]
+        if not self.names:
+            raise UserError(f"{self.directory}/config.json names no blocks (num_layers, num_single_layers): {REMEDY}")
         missing = sorted(self.empty.state_dict().keys() - self._files.keys())
         if missing:
             raise UserError(f"{self.directory} lacks tensor {missing[0]} and {len(missing) - 1} more: {REMEDY}")
@@ -148,6 +159,9 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         places = read_json(directory / INDEX, REMEDY).get("weight_map")
         if not isinstance(places, dict):
             raise UserError(f"{directory / INDEX} holds no weight_map: {REMEDY}")
+        for name, place in places.items():
+            if not isinstance(place, str):
+                raise UserError(f"{directory / INDEX} names no file for {name}, but {place!r}: {REMEDY}")
         return places
     file = directory / SINGLE_FILE
     try:

@@ -4,6 +4,7 @@ A process that trains needs no more than an EndToEndTask, whose models and promp
 of several.
 """
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +59,8 @@ class EndToEndTask:
     """A training in `directory`, which holds all but the teacher: start, conditions, checkpoints, result.
 
     `images` of the held-out prompts are drawn with every record, the same noise each time, and kept as
-    `images/step-STEP.png` side by side. `low_rank` is the rank of the start's corrections.
+    `images/step-STEP.png` side by side; of records made before, in another run, only the last one's if it is missing.
+    `low_rank` is the rank of the start's corrections.
     """
 
     pipeline_dir: Path
@@ -89,7 +91,8 @@ class EndToEndTask:
 
         UserError for too little GPU memory, before anything is loaded, and for damaged files.
         """
-        if finished(self._training, self.settings.steps):
+        records = finished(self._training, self.settings.steps)
+        if records and not self._lacks_image(records):
             return
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         conditions = Conditions(**load_tensors(self._conditions, REMEDY))
@@ -115,10 +118,17 @@ class EndToEndTask:
                 generator.draw([embedding], [seed], self.sampling)[0] for seed, embedding in enumerate(embeddings)
             ]
             if training.rank == 0:
-                folder = self.directory / IMAGES
-                folder.mkdir(exist_ok=True)
-                Image.fromarray(np.concatenate(images, axis=1)).save(folder / f"step-{step:08}.png")
+                file = self._image(step)
+                file.parent.mkdir(exist_ok=True)
+                temporary = file.with_suffix(".tmp")  # a file of this name is whole: nobody draws it again
+                Image.fromarray(np.concatenate(images, axis=1)).save(temporary, format="png")
+                os.replace(temporary, file)
 
+        if self._lacks_image(training.records):
+            # The weights are those of the last record, since the checkpoint is made with it: of a run that was killed
+            # before it drew, or was not asked for images. No rank is through before every rank has begun to draw.
+            training._set_activations(training.records[-1].phase)
+            training._shown_to(look)
         training.run(look)
 
     def check(self, tokens: int, device: torch.device) -> None:
@@ -159,6 +169,12 @@ class EndToEndTask:
         if self.settings.compiled:
             return "compiled"
         return "graph" if sum(parameter.numel() for parameter in transformer.parameters()) < GRAPH_BELOW else "eager"
+
+    def _lacks_image(self, records: list[Record]) -> bool:
+        return bool(records and self.images) and not self._image(records[-1].step).is_file()
+
+    def _image(self, step: int) -> Path:
+        return self.directory / IMAGES / f"step-{step:08}.png"
 
     @property
     def _start(self) -> Path:

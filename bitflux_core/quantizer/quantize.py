@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, save_ternary
+from bitflux_core.checkpoint import check_unused, empty_transformer, fingerprint, load_ternary, save_ternary
 from bitflux_core.distill import Conditions, load_scheduler, sampler_sigmas
 from bitflux_core.distill_recipe import EndToEndSettings, Record
 from bitflux_core.errors import UserError
+from bitflux_core.files import read_json
 from bitflux_core.generate import TextEncoder
 from bitflux_core.layers import check_rank, empty_ternary_linears
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
@@ -25,12 +26,13 @@ from bitflux_core.quantizer.end_to_end import IMAGES, EndToEndTask, split_prompt
 from bitflux_core.quantizer.memory import check_memory, required_bytes
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.snr import Snr, write_plot, write_table
-from bitflux_core.quantizer.work import WorkFolder
+from bitflux_core.quantizer.work import RECIPE, WorkFolder
 from bitflux_core.samples import PIXELS_PER_TOKEN, Sampling
 from kernels.packing import Codes
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
 LOG = "distill.parquet"
+ARITHMETIC = "arithmetic"  # in the work's recipe: with another one the same settings give other codes
 ENCODE_BATCH = 32
 CONDITIONS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # they decide the states
 
@@ -79,13 +81,14 @@ def quantize(
 ) -> FluxTransformer2DModel:
     """Writes the checkpoint `output` with its table and plot of signal-to-noise ratios, and returns the transformer.
 
-    Work under way lies in `<output>.partial`, from which a killed run goes on: same codes. `report` hears of each
+    Work under way lies in `<output>.partial`, from which a killed run goes on: same codes. Where it was killed with
+    the checkpoint in place, all that is left to do is to remove that folder. `report` hears of each
     block. Training end to end happens here or, with `run_on_gpus`, where that runs the task, on `gpus` GPUs; its log
     lies beside the ratios, which are those before it. UserError for an output in use, work of another recipe, a model
     that is not FLUX or is damaged, prompts that are too long or too few, a rank that a layer cannot have, and for too
     little GPU memory.
     """
-    check_unused(output)
+    written = check_output(output)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
     check_rank(source.empty, settings.low_rank)  # before there is a folder of work
@@ -106,7 +109,7 @@ def quantize(
     task, prompts = None, None
     if settings.end_to_end:
         prompts = split_prompts(settings.distill_prompts, settings.end_to_end.held_out, settings.seed)
-        directory = output.with_name(f"{output.name}.partial") / "end-to-end"
+        directory = _partial(output) / "end-to-end"
         task = EndToEndTask(
             pipeline_dir.absolute(),
             directory.absolute(),
@@ -120,8 +123,14 @@ def quantize(
         )
         task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     # Training has its recipe by itself: with other rates it begins again behind the same blocks.
-    recipe = {key: value for key, value in provenance.items() if key != "end_to_end"}
-    work = WorkFolder(output.with_name(f"{output.name}.partial"), {**recipe, "arithmetic": f"{dtype} on {device.type}"})
+    recipe = _without(provenance, "end_to_end")
+    work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: f"{dtype} on {device.type}"})
+    if written:
+        header = _header(output)
+        if (header.get("provenance"), header.get("codes")) != (json.loads(json.dumps(provenance)), settings.codes):
+            check_unused(output)  # another training behind the same blocks, or other files of the same codes
+        work.remove()
+        return load_ternary(output, dtype=dtype, device="cpu")
     if task:
         WorkFolder(task.directory, provenance["end_to_end"])
     calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
@@ -148,7 +157,7 @@ def quantize(
     method = "self-distillation" if records else settings.init
     save_ternary(transformer, made, provenance, method=method, codes=settings.codes)
     write_table(rows, made / TABLE)
-    write_plot(rows, made / PLOT)
+    write_plot(rows, made / PLOT, title="before the training end to end" if records else None)
     if records:
         write_log(records, made / LOG)
     if task and task.images:
@@ -156,6 +165,28 @@ def quantize(
     os.replace(made, output)  # whole, or not at all
     work.remove()
     return transformer
+
+
+def check_output(output: Path) -> bool:
+    """Whether `output` is a checkpoint whose work still lies in `<output>.partial`: its run was killed at the very end.
+
+    UserError for a place that is in use otherwise.
+    """
+    try:
+        check_unused(output)
+    except UserError:
+        if output.name in ("", "..") or not (output / "config.json").is_file() or not _partial(output).is_dir():
+            raise
+        recipe = _partial(output) / RECIPE
+        if not recipe.is_file():
+            raise
+        blocks = read_json(recipe, f"remove {recipe.parent}")
+        provenance = _header(output).get("provenance")
+        # Each says what the other leaves out: the arithmetic, and the training behind the blocks.
+        if not isinstance(provenance, dict) or _without(blocks, ARITHMETIC) != _without(provenance, "end_to_end"):
+            raise
+        return True
+    return False
 
 
 def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> Conditions:
@@ -187,7 +218,7 @@ def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, dev
 
 def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
     """What decides the codes, in plain values."""
-    prompts = _digest(settings.prompts) if settings.prompts else None
+    prompts = digest_of(settings.prompts) if settings.prompts else None
     made_by = {
         "teacher": fingerprint(pipeline_dir / "transformer"),
         "init": settings.init,
@@ -204,8 +235,13 @@ def provenance_of(pipeline_dir: Path, settings: QuantizeSettings) -> dict:
     if settings.low_rank:
         made_by["low_rank"] = settings.low_rank
     if settings.end_to_end:
-        made_by["end_to_end"] = {**asdict(settings.end_to_end), "prompts": _digest(settings.distill_prompts)}
+        made_by["end_to_end"] = {**asdict(settings.end_to_end), "prompts": digest_of(settings.distill_prompts)}
     return made_by
+
+
+def digest_of(prompts: tuple[str, ...]) -> str:
+    """Of prompts in their order."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, work: WorkFolder) -> CalibrationSet:
@@ -235,12 +271,22 @@ def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
     return transformer.eval().requires_grad_(False)
 
 
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _header(output: Path) -> dict:
+    """What BitFlux wrote into the checkpoint's configuration; empty for another model's."""
+    header = read_json(output / "config.json", "name another output").get("quantization_config")
+    return header if isinstance(header, dict) else {}
+
+
+def _without(settings: dict, key: str) -> dict:
+    return {name: value for name, value in settings.items() if name != key}
+
+
 def _run_on(device: torch.device) -> Callable[[EndToEndTask], None]:
     return lambda task: task.run(device)
-
-
-def _digest(prompts: tuple[str, ...]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def _image_tokens(sampling: Sampling) -> int:

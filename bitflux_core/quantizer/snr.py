@@ -22,6 +22,9 @@ SCHEMA = pa.schema(
         pa.field("out_features", pa.int32()),
         pa.field("weight_snr_db", pa.float64()),
         pa.field("output_snr_db", pa.float64()),
+        pa.field("error_before", pa.float64()),
+        pa.field("error_after", pa.float64()),
+        pa.field("codes_flipped", pa.float64()),
     ]
 )
 
@@ -32,6 +35,8 @@ class Snr:
 
     The output ratio compares the ternary model's output behind its own ternary blocks with the teacher's: errors made
     before count as well. Weights that make up for errors in their inputs stand worse by the weight's ratio.
+
+    Of a block that was trained also how that went, see `Reconstruction`.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Snr:
     out_features: int | None
     weight_snr_db: float | None
     output_snr_db: float | None
+    error_before: float | None = None
+    error_after: float | None = None
+    codes_flipped: float | None = None
 
 
 class _Ratio:
@@ -87,7 +95,7 @@ def write_table(rows: Sequence[Snr], path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA), path)
 
 
-def write_plot(rows: Sequence[Snr], path: Path) -> None:
+def write_plot(rows: Sequence[Snr], path: Path, title: str | None = None) -> None:
     """A plot of all three ratios over the depth of the model, in the format of the path's suffix."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
@@ -111,6 +119,8 @@ def write_plot(rows: Sequence[Snr], path: Path) -> None:
     weight_axes.set_ylabel("weight SNR, dB")
     output_axes.set_ylabel("output SNR, dB")
     output_axes.set_xlabel("block, double blocks first")
+    if title:
+        figure.suptitle(title)
     figure.legend(*output_axes.get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
     figure.savefig(path, metadata={"Date": None})
 

@@ -70,7 +70,15 @@ class WorkFolder:
         return States(**self._read(STATES)[0]) if self.holds(STATES) else None
 
     def remove(self) -> None:
-        """Deletes the folder: for when its blocks stand in a checkpoint."""
+        """Deletes the folder: for when its blocks stand in a checkpoint.
+
+        The recipe goes last: killed in the middle, it still says whose the rest is.
+        """
+        for path in self.directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != RECIPE:
+                path.unlink()
         shutil.rmtree(self.directory)
 
     def _file(self, name: str) -> Path:

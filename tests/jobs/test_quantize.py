@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitflux_core.checkpoint import load_ternary
 from bitflux_core.generate import ImageGenerator, TextEncoder
@@ -100,6 +102,46 @@ def test_an_unknown_initialisation_is_refused(capsys):
     assert "--init" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["18446744073709551616", "9223372036854775808", "-1"])
+def test_a_seed_that_no_generator_takes_is_refused(seed, capsys):
+    assert quantize.main(["--seed", seed]) == 2
+    error = capsys.readouterr().err
+    assert seed in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("init", ["least-squares", "absmean"])
+@pytest.mark.parametrize("every", [False, True])
+def test_layers_of_zeros_are_quantized_and_said(models, make_profile, tmp_path, capsys, init, every):
+    shutil.copytree(models / "flux", tmp_path / "flux")
+    file = tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("weight") and name.startswith(
+            "transformer_blocks.0." if every else "transformer_blocks.0.ff."
+        ):
+            tensors[name].zero_()
+    save_file(tensors, file, {"format": "pt"})
+    profile = make_profile({"pipeline": str(tmp_path / "flux")})
+    assert quantize.main(["--profile", profile, "--init", init, "--output", str(tmp_path / "twin")]) == 0
+    said = capsys.readouterr().out
+    assert ("\ntransformer_blocks.0: all weights are zero" in f"\n{said}") == every
+
+
+def test_a_job_killed_with_its_checkpoint_in_place_ends_as_if_it_had_not_been(
+    models, make_profile, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    job = ["--profile", make_profile({"ternary": str(tmp_path / "known")}), "--init", "absmean"]
+    with monkeypatch.context() as patch:
+        patch.setattr("bitflux_core.quantizer.work.WorkFolder.remove", lambda _self: sys.exit(signal.SIGTERM))
+        assert quantize.main(job) == 3
+    assert quantize.main(job) == 0
+    assert f"written to {tmp_path / 'known'};" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("ternary-*"))
+
+
 def test_calibration_without_prompts_is_refused(profile, tmp_path, capsys):
     assert quantize.main(["--profile", profile, "--output", str(tmp_path / "twin")]) == 2
     assert "give --calibration a file" in capsys.readouterr().err
@@ -141,6 +183,7 @@ def test_training_end_to_end_is_part_of_the_checkpoint(models, tmp_path, profile
     assert "distill: step 2/4 (native) loss" in said
     assert "distill: step 4/4 (int8) loss" in said
     assert str(output / "distill.parquet") in said
+    assert "ratios of all layers, before the training end to end: snr.parquet" in said
     images = sorted((output / "images").iterdir())
     assert [path.name for path in images] == [f"step-0000000{step}.png" for step in (0, 2, 4)]
     assert Image.open(images[0]).size == (2 * 64, 64)

@@ -93,3 +93,19 @@ def test_other_options_are_refused_in_the_same_folder(ablation, lively_dir, sett
         Ablation(
             lively_dir, ablation.directory, settings(distill_prompts=DISTILLED, seed=5), BUDGET, torch.device("cpu")
         )
+
+
+def test_other_prompts_or_another_training_are_refused_in_the_same_folder(ablation, lively_dir, settings, monkeypatch):
+    def again(prompts):
+        Ablation(lively_dir, ablation.directory, settings(distill_prompts=prompts), BUDGET, torch.device("cpu"))
+
+    again(DISTILLED)
+    with pytest.raises(UserError, match=r"another recipe \(distill_prompts: \w+, not \w+\)"):
+        again(("a photo of a moon", *DISTILLED[1:]))
+    with monkeypatch.context() as patch:
+        training = Ablation._training
+        patch.setattr(Ablation, "_training", lambda self, row: replace(training(self, row), latent_lr=1e-3))
+        with pytest.raises(
+            UserError, match=r"another recipe \(end_to_end\.\+ end to end\.latent_lr: 0\.005, not 0\.001"
+        ):
+            again(DISTILLED)

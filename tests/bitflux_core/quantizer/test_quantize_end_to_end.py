@@ -14,6 +14,7 @@ from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.quantizer import block_walk
+from bitflux_core.quantizer import quantize as quantize_module
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
 
@@ -146,3 +147,43 @@ def test_held_out_prompts_are_not_trained_on_and_repeated_ones_count():
     expected = [place for place in (0, 1, 0, 2, 0, 3) if place not in prompts.held_out]
     assert list(prompts.trained) == expected
     assert split_prompts(prompts.distinct, 2, 1) == split_prompts(prompts.distinct, 2, 1)
+
+
+class Killed(Exception):
+    pass
+
+
+def die(*_args, **_kwargs):
+    raise Killed
+
+
+def test_images_asked_for_when_training_has_ended_are_of_its_end(trained, lively_dir, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "save_ternary", die)
+        with pytest.raises(Killed):
+            quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
+    monkeypatch.setattr(EndToEnd, "train_step", lambda _self: pytest.fail("trained again"))
+    quantize(lively_dir, tmp_path / "twin", replace(trained(), distill_images=1), CPU, ignore)
+    assert [path.name for path in (tmp_path / "twin" / "images").iterdir()] == ["step-00000006.png"]
+
+
+def test_an_image_lost_between_checkpoint_and_drawing_is_drawn_by_the_next_run(
+    trained, lively_dir, tmp_path, monkeypatch
+):
+    drawn = replace(trained(), distill_images=1)
+    quantize(lively_dir, tmp_path / "whole", drawn, CPU, ignore)
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEnd, "_shown_to", lambda self, look: die() if self.step == 2 else None)
+        with pytest.raises(Killed):
+            quantize(lively_dir, tmp_path / "twin", drawn, CPU, ignore)
+    quantize(lively_dir, tmp_path / "twin", drawn, CPU, ignore)
+    whole, resumed = (sorted((tmp_path / name / "images").iterdir()) for name in ("whole", "twin"))
+    assert [path.name for path in resumed] == [f"step-0000000{step}.png" for step in (2, 4, 6)]
+    assert all(mine.read_bytes() == theirs.read_bytes() for mine, theirs in zip(resumed, whole[1:], strict=True))
+
+
+def test_ratios_of_before_the_training_say_so(trained, lively_dir, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(quantize_module, "write_plot", lambda _rows, _path, title: titles.append(title))
+    quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
+    assert titles == ["before the training end to end"]

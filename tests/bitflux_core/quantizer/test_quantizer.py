@@ -155,6 +155,10 @@ def test_training_brings_each_block_nearer_to_the_teachers(settings, lively_dir,
     log = capsys.readouterr().out
     assert "step 1/60 loss" in log
     assert "of the codes flipped" in log
+    for row in pq.read_table(trained / TABLE).to_pylist():
+        how = (row["error_before"], row["error_after"], row["codes_flipped"])
+        assert how == (None,) * 3 if row["level"] == "layer" else how[1] < how[0] and 0 <= how[2] < 0.5
+    assert all(row["error_before"] is None for row in pq.read_table(rounded / TABLE).to_pylist())
 
 
 def test_a_model_without_guidance_is_quantized_and_trained(settings, broken_dir, tmp_path):

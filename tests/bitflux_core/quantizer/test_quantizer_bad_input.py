@@ -1,6 +1,10 @@
 """What a quantization refuses, in one line and before it costs time; and what it leaves of work that is there."""
 
 import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bitflux_core.errors import UserError
 from bitflux_core.generate import PromptEmbedding, TextEncoder
-from bitflux_core.quantizer import memory
+from bitflux_core.quantizer import block_walk, memory
 from bitflux_core.quantizer.quantize import quantize
 from bitflux_core.quantizer.work import WorkFolder
 
@@ -93,7 +97,9 @@ def test_weights_that_are_quantized_already_are_refused(settings, broken_dir, tm
         quantize(broken_dir, tmp_path / "twin", settings(init="least-squares", prompts=()), CPU, ignore)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": ["a"]}', "[]"])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"weight_map": ["a"]}', "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}']
+)
 def test_a_torn_index_is_refused(settings, broken_dir, tmp_path, text):
     (broken_dir / "transformer" / f"{WEIGHTS}.index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json .*: copy the model again"):
@@ -163,3 +169,71 @@ def test_too_little_gpu_memory_is_said_with_the_figure(monkeypatch):
     with pytest.raises(UserError, match=r"about 34\.5 GB of GPU memory, 10\.0 GB are free"):
         memory.check_memory(34_500_000_000, torch.device("cuda"))
     memory.check_memory(9_000_000_000, torch.device("cuda"))
+
+
+def test_a_model_without_blocks_is_refused(settings, broken_dir, tmp_path):
+    change_config(broken_dir, num_layers=0, num_single_layers=0)
+    with pytest.raises(UserError, match=r"config\.json names no blocks .*: copy the model again"):
+        quantize(broken_dir, tmp_path / "twin", settings(init="least-squares", prompts=()), CPU, ignore)
+
+
+@pytest.mark.parametrize(
+    "axes", [[4, 12], [4, 4, 4, 4], [16, 56, 56], [4, 5, 7], [4, 4, 4], [-4, 10, 10], 16, ["a"], None]
+)
+def test_rotations_that_do_not_fit_the_heads_are_refused(settings, broken_dir, tmp_path, axes):
+    change_config(broken_dir, axes_dims_rope=axes)
+    with pytest.raises(UserError, match=r"axes_dims_rope .* must be 3 even numbers that add up to .* 16: copy"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+def killed_at_the_end(monkeypatch, arguments):
+    """Runs a quantization that is killed when its checkpoint stands and its work is not yet removed."""
+
+    def die(_self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(*arguments, CPU, ignore)
+
+
+def test_a_run_killed_with_its_checkpoint_in_place_has_only_to_clean_up(settings, lively_dir, tmp_path, monkeypatch):
+    plain = settings(init="least-squares", prompts=())
+    killed_at_the_end(monkeypatch, (lively_dir, tmp_path / "twin", plain))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "twin").iterdir()}
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0, not 1\)"):
+        quantize(lively_dir, tmp_path / "twin", replace(plain, seed=1), CPU, ignore)
+    with pytest.raises(UserError, match="is in use"):
+        quantize(lively_dir, tmp_path / "twin", replace(plain, codes="planes"), CPU, ignore)
+    with monkeypatch.context() as patch:  # killed again, while it cleans up
+        unlink = Path.unlink
+        patch.setattr(Path, "unlink", lambda path: unlink(path) or sys.exit(path.name))
+        with pytest.raises(SystemExit):
+            quantize(lively_dir, tmp_path / "twin", plain, CPU, ignore)
+    monkeypatch.setattr(block_walk, "_quantize_block", lambda *_: pytest.fail("made again"))
+    quantize(lively_dir, tmp_path / "twin", plain, CPU, ignore)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "twin").iterdir()} == before
+    assert not (tmp_path / "twin.partial").exists()
+    with pytest.raises(UserError, match="is in use"):
+        quantize(lively_dir, tmp_path / "twin", plain, CPU, ignore)
+
+
+@pytest.mark.parametrize("theirs", ["notes", "checkpoint"])
+def test_a_folder_that_another_filled_meanwhile_is_left(settings, lively_dir, tmp_path, monkeypatch, theirs):
+    plain, output = settings(init="least-squares", prompts=()), tmp_path / "twin"
+    killed_at_the_end(monkeypatch, (lively_dir, output, plain))
+    shutil.rmtree(output)
+    if theirs == "notes":
+        output.mkdir()
+        (output / "config.json").write_text("{}")
+    else:
+        quantize(lively_dir, tmp_path / "other", replace(plain, seed=1), CPU, ignore)
+        (tmp_path / "other").rename(output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    work = sorted((tmp_path / "twin.partial").iterdir())
+    with pytest.raises(UserError, match="is in use"):
+        quantize(lively_dir, output, plain, CPU, ignore)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert sorted((tmp_path / "twin.partial").iterdir()) == work
