@@ -214,11 +214,11 @@ class EndToEnd:
         while self.step < self.settings.steps:
             if self.begun != self.phase:
                 self._begin_phase(began)
-                self._shown_to(look)
+                self.show(look)
             self.train_step()
             if self.step % self.settings.interval == 0 or self.step in (self.native_steps, self.settings.steps):
                 self._evaluate(began)
-                self._shown_to(look)
+                self.show(look)
         return self.records
 
     def train_step(self) -> None:
@@ -310,7 +310,9 @@ class EndToEnd:
         with self._autocast():
             return self.student(**inputs, return_dict=False)[0].float()
 
-    def _shown_to(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
+    def show(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
+        """Gives `look` the student as it is, with the activations and the step of the last record."""
+        self._set_activations(self.records[-1].phase)
         with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
             look(self.student, self.records[-1].step)
 

@@ -127,8 +127,7 @@ class EndToEndTask:
         if self._lacks_image(training.records):
             # The weights are those of the last record, since the checkpoint is made with it: of a run that was killed
             # before it drew, or was not asked for images. No rank is through before every rank has begun to draw.
-            training._set_activations(training.records[-1].phase)
-            training._shown_to(look)
+            training.show(look)
         training.run(look)
 
     def check(self, tokens: int, device: torch.device) -> None:
