@@ -173,7 +173,7 @@ def test_an_image_lost_between_checkpoint_and_drawing_is_drawn_by_the_next_run(
     drawn = replace(trained(), distill_images=1)
     quantize(lively_dir, tmp_path / "whole", drawn, CPU, ignore)
     with monkeypatch.context() as patch:
-        patch.setattr(EndToEnd, "_shown_to", lambda self, look: die() if self.step == 2 else None)
+        patch.setattr(EndToEnd, "show", lambda self, look: die() if self.step == 2 else None)
         with pytest.raises(Killed):
             quantize(lively_dir, tmp_path / "twin", drawn, CPU, ignore)
     quantize(lively_dir, tmp_path / "twin", drawn, CPU, ignore)
