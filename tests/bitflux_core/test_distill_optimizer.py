@@ -60,6 +60,28 @@ def test_small_steps_add_up_in_bfloat16():
     assert latent.float().mean().item() == pytest.approx(1 - 0.01, abs=1e-3)
 
 
+def test_no_two_steps_or_weights_round_by_the_same_bits():
+    """From 1 by half a last bit: which elements move is up to the random bits alone."""
+    latents = {name: nn.Parameter(torch.empty(64, 64, dtype=torch.bfloat16)) for name in ("a", "b")}
+    factored = FactoredInBackward(latents, seed=0)
+
+    def moved(step: int) -> list[torch.Tensor]:
+        for latent in latents.values():
+            latent.data.fill_(1.0)
+        factored.begin(step, 2.0**-9)
+        sum(latent.float().sum() for latent in latents.values()).backward()
+        return [latent.detach() < 1 for latent in latents.values()]
+
+    first, second, third = moved(0), moved(1), moved(2)
+    for one, other in ((first, second), (second, third), (first, third)):
+        for mine, theirs in zip(one, other, strict=True):
+            assert 0.45 < (mine == theirs).float().mean() < 0.55
+    for weights in (first, second, third):
+        assert 0.45 < (weights[0] == weights[1]).float().mean() < 0.55
+        assert all(0.45 < pattern.float().mean() < 0.55 for pattern in weights)
+    assert all(torch.equal(mine, again) for mine, again in zip(first, moved(0), strict=True))
+
+
 def test_seeds_differ_and_fit_a_generator():
     seeds = {seed_of(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
 from bitflux_core.benchmark.distill import velocities_before
@@ -312,6 +312,97 @@ def test_errors_count_by_the_step_at_which_a_state_stands(train):
     assert run._losses.item() == pytest.approx((weight_B * error_B).mean().item(), rel=1e-5)
     alike.train_step()
     assert alike._losses.item() == pytest.approx(error_B.mean().item(), rel=1e-5)
+
+
+def test_held_out_errors_count_by_the_step_as_well(train):
+    run = train("a", held_out=(20, 21, 22, 23), features=0)
+    run.weights_K.copy_(torch.tensor([0.1, 0.2, 0.7, 3.0]))
+    weighted, levels = [], []
+    for inputs in run.held_out:
+        error_B = state_errors(run._predict(inputs), run._teach(inputs)).detach()
+        step_B = [run._sigmas_K.tolist().index(level) for level in inputs["timestep"].tolist()]
+        weighted += [(run.weights_K[step] * error).item() for step, error in zip(step_B, error_B, strict=True)]
+        levels += step_B
+    assert sorted(levels) == [0, 1, 2, 3]
+    assert run.held_out_error() == pytest.approx(sum(weighted) / 4, rel=1e-5)
+
+
+def test_teacher_and_student_are_given_the_settings_guidance(train, monkeypatch):
+    forward, seen = FluxTransformer2DModel.forward, {}
+
+    def look(self, *, guidance, **inputs):
+        seen.setdefault(self, []).extend(guidance.tolist())
+        return forward(self, guidance=guidance, **inputs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", look)
+    run = train("a", guidance=3.25, weighted=True)  # weights and held-out states are made by both at once
+    run.train_step()
+    run.held_out_error()
+    assert seen.keys() == {run.teacher, run.student}
+    assert {value for values in seen.values() for value in values} == {3.25}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_features_compare_image_and_text(train, weighted):
+    run = train("a", feature_weight=0.5, own_states=0.0, weighted=weighted)
+    behind = []
+    for model in (run.teacher, run.student):
+        model.transformer_blocks[0].register_forward_hook(lambda _module, _arguments, output: behind.append(output))
+    inputs = run.rollouts.inputs(run.rollouts.part_of(0))
+    error_B = state_errors(run._predict(inputs), run._teach(inputs)).detach()
+    (my_text, my_image), (their_text, their_image) = behind
+    error_B += 0.5 * (state_errors(my_text, their_text) + state_errors(my_image, their_image)).detach() / 2
+    expected = (run._weights_of(inputs) * error_B).mean().item()
+    run.train_step()
+    assert run._losses.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["factored", "adam"])
+def test_gradients_are_scaled_down_to_a_norm_of_one_all_together(train, optimizer):
+    made = []
+    for folder, weight in (("small", 1e-4), ("twice", 2e-4), ("large", 1e5)):
+        run = train(folder, optimizer=optimizer)
+        run.weights_K.fill_(weight)
+        run.train_step()
+        trained = [*run.others.values(), *(run.latents.values() if optimizer == "adam" else ())]
+        made.append(torch.cat([parameter.grad.flatten() for parameter in trained]))
+    small, twice, large = made
+    assert 0 < small.norm() < 0.5
+    torch.testing.assert_close(twice, 2 * small, rtol=1e-3, atol=1e-9)  # below the norm nothing is scaled
+    assert large.norm().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(large, small / small.norm(), rtol=1e-2, atol=1e-5)
+
+
+def test_the_share_of_own_states_grows_from_none_through_the_first_third(train, monkeypatch):
+    run, shares = train("a", steps=12, own_states=0.6), []
+    advance = run.rollouts.advance
+
+    def look(slots, theirs, mine, own_states):
+        shares.append(own_states)
+        advance(slots, theirs, mine, own_states)
+
+    monkeypatch.setattr(run.rollouts, "advance", look)
+    for _ in range(12):
+        run.train_step()
+    assert shares == pytest.approx([0, 0.15, 0.3, 0.45] + [0.6] * 8)
+
+
+@pytest.mark.parametrize(("step", "whose"), [(0, "teacher"), (3, "student")])
+def test_states_begin_on_the_teachers_way_and_go_over_to_the_students(train, step, whose):
+    run = train("a", batch=4, int8_steps=0, own_states=1.0)
+    run.step = step
+    everyone = run.rollouts.part_of(step)
+    inputs = run.rollouts.inputs(everyone)
+    velocity = {"teacher": run._teach(inputs), "student": run._predict(inputs).detach()}
+    step_S = run.rollouts.step_S.clone()
+    stride_S = run.rollouts.sigmas[step_S + 1] - run.rollouts.sigmas[step_S]
+    run.train_step()
+    going = step_S < 3  # one ends its lap
+    moved = {name: inputs["hidden_states"] + stride_S[:, None, None] * walk for name, walk in velocity.items()}
+    walked = run.rollouts.latents_SLC[going]
+    torch.testing.assert_close(walked, moved.pop(whose)[going], rtol=1e-4, atol=1e-4)
+    [other] = moved.values()
+    assert not torch.allclose(walked, other[going], rtol=1e-2, atol=1e-2)
 
 
 def test_features_pull_on_the_blocks(train):

@@ -190,6 +190,8 @@ def test_training_end_to_end_is_part_of_the_checkpoint(models, tmp_path, profile
     header = json.loads((output / "config.json").read_text())["quantization_config"]
     assert header["method"] == "self-distillation"
     assert header["provenance"]["end_to_end"]["steps"] == 4
+    assert header["provenance"]["end_to_end"]["guidance"] == 2.0  # the profile's, as in calibration
+    assert header["provenance"]["sampling"]["guidance"] == 2.0
     assert load_ternary(output, dtype=torch.float32, device="cpu").config.num_layers == 2
 
 

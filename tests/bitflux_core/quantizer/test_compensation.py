@@ -159,3 +159,35 @@ def test_at_full_rank_the_weight_is_the_teachers_where_inputs_are(correlated_MK,
     ternary, shift_N = compensate(weight_NK, correlated_MK, correlated_MK, ROWS)
     assert (ternary.dequantize() - weight_NK).norm() < 0.01 * weight_NK.norm()
     assert output_error(weight_NK, ternary, shift_N, correlated_MK, correlated_MK) < 1e-5
+
+
+def row_errors(weight_NK, ternary, student_MK):
+    """Squared output errors around the mean, [N]."""
+    error_MN = (student_MK - student_MK.mean(0)) @ (weight_NK - ternary.dequantize()).T
+    return error_MN.square().mean(0)
+
+
+def test_each_row_keeps_the_best_of_several_scales(correlated_MK, generator, monkeypatch):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    chosen_N = row_errors(weight_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0], correlated_MK)
+    alone = []
+    for factor in compensation.SCALE_FACTORS:
+        monkeypatch.setattr(compensation, "SCALE_FACTORS", (factor,))
+        alone.append(row_errors(weight_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0], correlated_MK))
+    best_N, place_N = torch.stack(alone).min(0)
+    torch.testing.assert_close(chosen_N, best_N, rtol=0.02, atol=0)  # chosen by a covariance that is a little damped
+    assert len(place_N.unique()) > 1
+    assert all(chosen_N.sum() < 0.97 * errors_N.sum() for errors_N in alone)
+
+
+def test_descent_over_single_codes_lowers_the_error(correlated_MK, generator, monkeypatch):
+    weight_NK = torch.randn(ROWS, COLUMNS, generator=generator)
+    errors = []
+    for rounds in (0, 1, 10):
+        monkeypatch.setattr(compensation, "MOST_ROUNDS", rounds)
+        errors.append(row_errors(weight_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0], correlated_MK))
+    assert errors[2].sum() < 0.95 * errors[0].sum()
+    assert errors[2].sum() <= errors[1].sum() < errors[0].sum()
+    monkeypatch.undo()
+    made = row_errors(weight_NK, compensate(weight_NK, correlated_MK, correlated_MK)[0], correlated_MK)
+    assert made.sum() < 0.95 * errors[0].sum()

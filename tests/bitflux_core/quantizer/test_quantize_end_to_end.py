@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from bitflux_core.checkpoint import load_ternary
+from bitflux_core.distill_memory import ADAM_BYTES, BF16, SAVED_WIDTHS
 from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
-from bitflux_core.quantizer import block_walk
+from bitflux_core.quantizer import block_walk, end_to_end
 from bitflux_core.quantizer import quantize as quantize_module
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
@@ -98,6 +99,39 @@ def test_too_little_memory_is_refused_before_any_work(trained, lively_dir, tmp_p
     with pytest.raises(UserError, match=r"end to end takes about 1\.5 GB on each GPU, 1\.3 GB are free"):
         quantize(lively_dir, tmp_path / "twin", trained(), torch.device("cuda"), ignore)
     assert not (tmp_path / "twin.partial").exists()
+
+
+@pytest.fixture
+def plan(trained, lively_dir, tmp_path, monkeypatch):
+    """The memory plan of a quantization on GPUs, which ends with it."""
+
+    def made(gpus=1, **changes):
+        plans = []
+
+        def stop(plan, _device):
+            plans.append(plan)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80_000_000_000, 80_000_000_000))
+        monkeypatch.setattr(end_to_end, "check_memory", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(lively_dir, tmp_path / "twin", trained(**changes), torch.device("cuda"), ignore, gpus)
+        return plans[0]
+
+    return made
+
+
+def test_corrections_count_in_the_memory_that_training_takes(plan, transformer):
+    thin = sum(4 * (layer.in_features + layer.out_features) for layer in block_linears(transformer).values())
+    assert plan(low_rank=4).others - plan().others == thin * ADAM_BYTES
+
+
+def test_blocks_count_as_kept_where_a_graph_launches_the_step(plan, transformer):
+    """One graph on one GPU, for the model is small; compiled, or on several GPUs, one block at a time is kept."""
+    tokens = 4 + 16  # of the image and the text
+    other_block = SAVED_WIDTHS * 4 * tokens * transformer.inner_dim * BF16
+    assert plan().block - plan(compiled=True).block == other_block
+    assert plan(gpus=2, batch=8).block == plan(compiled=True).block
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused(trained, lively_dir, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from bitflux_core.distill import LatentTernaryLinear, relative_error
+from bitflux_core.quantizer import reconstruction
 from bitflux_core.quantizer.blocks import BlockSource, Stream
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings, reconstruct
 from bitflux_core.ternary import least_squares
@@ -59,3 +61,39 @@ def test_training_that_does_not_help_is_undone(block):
     assert weights is block[2]
     assert log.codes_flipped == 0
     assert log.error_after == log.error_before
+
+
+@torch.no_grad()
+def test_the_student_ends_with_the_trained_biases_and_norms(block):
+    """Its error is what the training ended with, which only all that was trained together gives."""
+    teacher, student, weights, streams = block
+    settings = replace(SETTINGS, other_lr=1e-2)
+    trained, log = reconstruct(NAME, teacher, student, weights, streams, streams, settings)
+    for name, ternary in trained.items():
+        linear = student.get_submodule(name)
+        linear.weight.copy_(ternary.dequantize())
+        assert not torch.equal(linear.bias, teacher.get_submodule(name).bias), name
+    for name in ("norm_q", "norm_k"):
+        assert not torch.equal(student.attn.get_submodule(name).weight, teacher.attn.get_submodule(name).weight)
+    errors = []
+    for stream in streams:
+        mine, theirs = stream.through(student), stream.through(teacher)
+        errors += [relative_error(mine.hidden_BLD, theirs.hidden_BLD)]
+        errors[-1] += relative_error(mine.encoder_BTD, theirs.encoder_BTD)
+    assert sum(errors).item() / len(errors) == pytest.approx(log.error_after, rel=1e-4)
+
+
+def test_dampening_settles_the_latents(block, monkeypatch):
+    made = []
+    copied = reconstruction._latent_copy
+    monkeypatch.setattr(reconstruction, "_latent_copy", lambda *parts: made.append(copied(*parts)) or made[-1])
+
+    def settled(dampening: float) -> float:
+        train(block, replace(SETTINGS, dampening=dampening))
+        layers = [layer for layer in made[-1].modules() if isinstance(layer, LatentTernaryLinear)]
+        latent = torch.cat([layer.latent.detach().flatten() for layer in layers])
+        return ((latent - latent.round().clamp(-1, 1)).abs() < 0.2).float().mean().item()
+
+    free = settled(0.0)
+    assert settled(2.0) > 1.2 * free
+    assert settled(ReconstructionSettings(1).dampening) > free  # there is some by default

@@ -1,0 +1,69 @@
+"""Calibration states: points on the teacher's own way, each with its noise level, its prompt and the guidance."""
+
+import pytest
+import torch
+
+from bitflux_core.distill import load_scheduler, sampler_sigmas
+from bitflux_core.loading import load_transformer
+from bitflux_core.quantizer.blocks import BlockSource
+from bitflux_core.quantizer.quantize import calibrate, encode
+from bitflux_core.quantizer.work import WorkFolder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(lively_dir):
+    return BlockSource(lively_dir / "transformer", "cpu", torch.float32)
+
+
+@pytest.fixture
+def teacher(lively_dir):
+    return load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_states_are_the_points_of_an_euler_walk_each_with_its_own_level(
+    source, teacher, settings, lively_dir, tmp_path
+):
+    made_by = settings(states_a_prompt=4)  # every point of the walk
+    sampling = made_by.sampling
+    states = calibrate(source, lively_dir, made_by, WorkFolder(tmp_path / "work", {})).states
+    sigmas = sampler_sigmas(load_scheduler(lively_dir), sampling.steps, 4, CPU)
+    conditions = encode(lively_dir, made_by.prompts, sampling, CPU)
+    for prompt in range(len(made_by.prompts)):
+        places = (states.prompt_S == prompt).nonzero()[:, 0]
+        places = places[states.sigma_S[places].argsort(descending=True)]
+        torch.testing.assert_close(states.sigma_S[places], sigmas[:-1])
+        points = states.latents_SLC[places]
+        assert points[0].std() == pytest.approx(1, abs=0.2)
+        for step in range(sampling.steps - 1):
+            velocity = teacher(
+                hidden_states=points[step][None],
+                timestep=sigmas[step][None],
+                guidance=torch.tensor([sampling.guidance]),
+                encoder_hidden_states=conditions.prompt_embeds_PTD[prompt][None],
+                pooled_projections=conditions.pooled_PD[prompt][None],
+                txt_ids=torch.zeros(conditions.prompt_embeds_PTD.shape[1], 3),
+                img_ids=conditions.image_ids_L3,
+                return_dict=False,
+            )[0][0]
+            expected = points[step] + (sigmas[step + 1] - sigmas[step]) * velocity
+            torch.testing.assert_close(points[step + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_see_the_states_own_level_prompt_and_guidance(source, teacher, settings, lively_dir, tmp_path):
+    made_by = settings()
+    made = calibrate(source, lively_dir, made_by, WorkFolder(tmp_path / "work", {}))
+    conditions, states = encode(lively_dir, made_by.prompts, made_by.sampling, CPU), made.states
+    streams = made.calibration.streams(source, states)
+    guidance_S = torch.full_like(states.sigma_S, 1000 * made_by.sampling.guidance)
+    temb_SD = teacher.time_text_embed(1000 * states.sigma_S, guidance_S, conditions.pooled_PD[states.prompt_S])
+    torch.testing.assert_close(torch.cat([stream.temb_BD for stream in streams]), temb_SD)
+    hidden_SLD = teacher.x_embedder(states.latents_SLC)
+    torch.testing.assert_close(torch.cat([stream.hidden_BLD for stream in streams]), hidden_SLD)
+    encoder_STD = teacher.context_embedder(conditions.prompt_embeds_PTD[states.prompt_S])
+    torch.testing.assert_close(torch.cat([stream.encoder_BTD for stream in streams]), encoder_STD)
+    assert len({len(states.prompt_S[states.prompt_S == prompt]) for prompt in range(4)}) == 1
+    assert len(states.sigma_S.unique()) > 1
