@@ -58,6 +58,8 @@ def planned_export(store: ResultStore, workload: Workload, variant: str, layout:
 def write_export(export: Export, store: ResultStore, to: str, written: Callable[[], None] = lambda: None) -> None:
     """Writes the files into the folder `to`, a local path or an fsspec URI, which must be empty or not there;
     `written` is called after each image. UserError where it is not empty or cannot be written."""
+    if not to:
+        raise UserError("--to is empty: name a new folder or URI")
     try:
         fs, root = fsspec.core.url_to_fs(to)
         if fs.exists(root) and (not fs.isdir(root) or fs.ls(root)):

@@ -35,6 +35,12 @@ def exit_code_of(job: Callable[[], int]) -> int:
     except UserError as error:
         print("error:", message_of(error), file=sys.stderr)
         return BAD_INPUT
+    except Exception as error:
+        # s3fs passes on botocore's own errors for what is wrong with keys, addresses and rights.
+        if not any(kind.__module__.partition(".")[0] == "botocore" for kind in type(error).__mro__):
+            raise
+        print(f"error: object storage: {message_of(error)}: correct the URI or the AWS_* variables", file=sys.stderr)
+        return BAD_INPUT
     except (KeyboardInterrupt, SystemExit) as error:
         reason = stopped_by(error)
         if reason is None:
@@ -55,7 +61,8 @@ def stopped_by(error: KeyboardInterrupt | SystemExit) -> str | None:
     """By what a job was stopped from outside; None where it left by itself, as `--help` does."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return "stopped by SIGTERM" if error.code == signal.SIGTERM else None
+    # Ray's handlers leave with the signal's number or, in a process that began a cluster, with 1; no job does itself.
+    return "stopped by SIGTERM" if error.code in (signal.SIGTERM, 1) else None
 
 
 def console_on(stream: TextIO) -> Console:
@@ -71,6 +78,21 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, with room for those that are counted up from it."""
+    number = natural(text)
+    if number >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not below 2^63")
+    return number
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def print_fidelity(console: Console, reports: list[FidelityReport]) -> None:
         images = f"{report.n_compared}/{report.n_expected}"
         for measure, (heading, digits) in MEASURES.items():
             cells = _cells(report.measures.get(measure), digits)
-            likeness.add_row(report.variant, report.benchmark, heading, *cells, images)
+            seen = images if measure in report.measures else "no model"
+            likeness.add_row(report.variant, report.benchmark, heading, *cells, seen)
         likeness.add_section()
         found = ["-" if value is None else f"{value:.1f}" for value in report.bands_db.values()]
         bands.add_row(report.variant, report.benchmark, *found)

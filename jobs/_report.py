@@ -82,7 +82,9 @@ def print_report(console: Console, plan: Plan, store: ResultStore, summary: "Run
     if summary.n_failed:
         print(f"{summary.n_failed} images failed; the column `error` of the results says why", file=sys.stderr)
     if not summary.complete:
-        print(f"incomplete: {summary.reason}; --run-id {store.run_id} continues it", file=sys.stderr)
+        print(
+            f"incomplete: {summary.reason}; the same command with --run-id {store.run_id} continues it", file=sys.stderr
+        )
 
 
 def compare_variants(plan: Plan, rows: Rows) -> list[Comparison]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitflux_core.errors import UserError
 from cluster.plan import Plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
@@ -113,4 +114,6 @@ def _compare_images(prepared: Prepared) -> None:
 
 
 def _asked(args: Namespace) -> str:
+    if args.output == "":  # an unset variable of a shell: it would mean the current folder
+        raise UserError("--output is empty: name a folder or URI, or leave it out")
     return DEFAULT_OUTPUT if args.output is None else args.output

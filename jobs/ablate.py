@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
-from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive
-from jobs.quantize import calibration_prompts, distill_prompts, seed
+from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive, seed
+from jobs.quantize import calibration_prompts, distill_prompts
 
 if TYPE_CHECKING:
     import numpy as np

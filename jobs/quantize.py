@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from bitflux_core.errors import UserError
 from cluster.profile import MINI_WORLD, Profile
 from jobs import _ray
-from jobs._cli import COMPLETE, Parser, exit_code_of, positive
+from jobs._cli import COMPLETE, Parser, exit_code_of, natural, positive, seed
 from jobs._prompts import prompts_of
 
 if TYPE_CHECKING:
@@ -70,19 +70,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "ternary-PROFILE in this folder."
     )
     return parser.parse_args(argv)
-
-
-def natural(text: str) -> int:
-    """A whole number of at least 0."""
-    return 0 if text == "0" else positive(text)
-
-
-def seed(text: str) -> int:
-    """A whole number that torch's generators take, with room for those that are counted up from it."""
-    number = natural(text)
-    if number >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"'{text}' is not below 2^63")
-    return number
 
 
 def rate(text: str) -> float:

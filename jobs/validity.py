@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, positive
+from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, positive, seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--profile", default="mini", help="whose models judge: mini or the path of a profile (%(default)s)")
     add("--benchmark", choices=("geneval", "t2i-compbench", "all"), default="all", help="(%(default)s)")
     add("--limit", type=positive, metavar="N", help="prompts of a tag (all)")
-    add("--seed", type=int, default=0, metavar="N", help="of the scenes (%(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the scenes (%(default)s)")
     add("--json", action="store_true", help="the rates on standard output, the table on standard error")
     return parser.parse_args(argv)
 

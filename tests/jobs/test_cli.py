@@ -1,5 +1,6 @@
 """What all command lines share: exit codes and one-line errors."""
 
+import argparse
 import os
 import signal
 
@@ -7,7 +8,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from bitflux_core.errors import UserError
-from jobs._cli import exit_code_of
+from jobs._cli import BAD_INPUT, INCOMPLETE, exit_code_of, natural, seed
 
 
 def failing(error: BaseException):
@@ -50,6 +51,29 @@ def test_sigterm_ends_a_job_as_incomplete(capsys):
 def test_help_is_no_interruption():
     with pytest.raises(SystemExit):
         exit_code_of(failing(SystemExit(0)))
+
+
+@pytest.mark.parametrize("code", [signal.SIGTERM, 1])
+def test_sigterm_is_said_whichever_handler_of_ray_had_it(capsys, code):
+    assert exit_code_of(failing(SystemExit(code))) == INCOMPLETE
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_what_object_storage_refuses_is_one_line(capsys):
+    from botocore.exceptions import NoCredentialsError
+
+    assert exit_code_of(failing(NoCredentialsError())) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error == "error: object storage: Unable to locate credentials: correct the URI or the AWS_* variables\n"
+
+
+def test_whole_numbers():
+    assert (natural("0"), natural("12"), seed(str(2**63 - 1))) == (0, 12, 2**63 - 1)
+    for text in ("-1", "1.5", "", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number of at least 0"):
+            natural(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="below 2\\^63"):
+        seed(str(2**63))
 
 
 def test_a_defect_keeps_its_traceback():

@@ -54,6 +54,7 @@ def refusal(tmp_path, monkeypatch, capsys):
         (["--run-id", "../other"], "--run-id: '../other' may hold only"),
         (["--bogus"], "--bogus"),
         (["--output"], "--output"),
+        (["--output", ""], "--output is empty"),
         (["--profile", "flux-dev", "--data-dir", "absent"], "absent/geneval/evaluation_metadata.jsonl"),
     ],
 )

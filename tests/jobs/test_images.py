@@ -127,6 +127,7 @@ EXPORT = ["export", "--run-id", "drawn", "--layout", "geneval", "--to", "new", "
     [
         ([], "export|score|rescore"),
         ([*EXPORT, "--to", "geneval"], "not empty"),
+        ([*EXPORT, "--to", ""], "--to is empty"),
         (["export", "--run-id", "absent", "--layout", "geneval", "--to", "new"], "no complete run absent"),
         ([*EXPORT, "--variant", "ternary"], "the run has bf16"),
         ([*EXPORT, "--benchmark", "unknown"], "unknown benchmark 'unknown'"),
