@@ -1,11 +1,13 @@
 """What every job's command line shares: exit codes, one-line errors, checked option values."""
 
 import argparse
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 
@@ -30,6 +32,7 @@ def exit_code_of(job: Callable[[], int]) -> int:
     incomplete; any other exception is a defect. Call it in the main thread."""
     # As Ray's own handler does, once there is one.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    hook, sys.unraisablehook = sys.unraisablehook, _lost_exit_again(sys.unraisablehook)
     try:
         return job()
     except UserError as error:
@@ -48,7 +51,22 @@ def exit_code_of(job: Callable[[], int]) -> int:
         print(reason, file=sys.stderr)
         return INCOMPLETE
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
+
+
+def _lost_exit_again(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook for exceptions that Python drops, as all that leave a finalizer: a SIGTERM that came then comes again."""
+
+    def hook(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, SystemExit):
+            again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+        else:
+            otherwise(dropped)
+
+    return hook
 
 
 def message_of(error: BaseException) -> str:

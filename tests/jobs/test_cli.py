@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import time
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -46,6 +47,20 @@ def test_sigterm_ends_a_job_as_incomplete(capsys):
     assert exit_code_of(job) == 3
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_sigterm_that_comes_in_a_finalizer_is_not_lost(capsys):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def job() -> int:
+        Finalized()
+        time.sleep(10)
+        return 0
+
+    assert exit_code_of(job) == 3
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
 def test_help_is_no_interruption():
