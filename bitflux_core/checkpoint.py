@@ -19,7 +19,7 @@ from torch import Tensor
 from bitflux_core.accounting import SizeReport, size_report
 from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD, BitFluxConfig, as_loaded
 from bitflux_core.errors import UserError
-from bitflux_core.files import file_digest, fingerprint, read_json
+from bitflux_core.files import SINGLE_FILE, file_digest, fingerprint, read_json, weight_map
 from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
 from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.model_card import write_card
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-INDEX = f"{FILE_PATTERN.format(suffix='')}.index.json"
 # A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
 SHARD_SIZE = "25MB"
 
@@ -124,6 +123,7 @@ def load_ternary(
     config = read_json(directory / "config.json", "name the folder of a ternary checkpoint")
     header = _take_header(config, directory)
     model = _empty_ternary(config, header, directory, activations, execution)
+    how = _config_of(header, directory, activations)
     files = header.get("files") or dict.fromkeys(_named_by_diffusers(directory))
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
@@ -136,7 +136,7 @@ def load_ternary(
     if missing:
         raise UserError(f"{directory} lacks tensor {missing[0]} and {len(missing) - 1} more: {REMEDY}")
     model.load_state_dict(loaded, assign=True)
-    as_loaded(model, _config_of(header, activations))
+    as_loaded(model, how)
     return model.eval().requires_grad_(False)
 
 
@@ -194,19 +194,17 @@ def _take_header(config: dict, directory: Path) -> dict:
 
 def _named_by_diffusers(directory: Path) -> list[str]:
     """Names of the tensor files of a folder that diffusers saved; others in it may be of another variant."""
-    index = directory / INDEX
-    if not index.is_file():
-        return [FILE_PATTERN.format(suffix="")]
-    places = read_json(index, REMEDY).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index} does not say which file holds which tensor: {REMEDY}")
-    return sorted(set(places.values()))
+    places = weight_map(directory, REMEDY)
+    return [SINGLE_FILE] if places is None else sorted(set(places.values()))
 
 
-def _config_of(header: dict, activations: Activations) -> BitFluxConfig:
+def _config_of(header: dict, directory: Path, activations: Activations) -> BitFluxConfig:
     """The header as diffusers would have it; the digests are of these files, not of those it may be saved to."""
     kept = {field.name for field in fields(BitFluxConfig)} - {"quant_method", "activations", "files"}
-    return BitFluxConfig(**{name: header[name] for name in kept & header.keys()}, activations=activations)
+    try:
+        return BitFluxConfig(**{name: header[name] for name in kept & header.keys()}, activations=activations)
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: {error}: {REMEDY}") from error
 
 
 def _exact_tensors(transformer: FluxTransformer2DModel) -> set[str]:

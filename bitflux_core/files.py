@@ -10,6 +10,9 @@ from bitflux_core.errors import UserError
 
 # Configurations, tokenizers and weights: all that decides what a model computes. mmdet's are .pth and .py files.
 MODEL_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".pth", ".py")
+# diffusers' names.
+SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{SINGLE_FILE}.index.json"
 
 
 def read_json(path: Path, remedy: str) -> dict:
@@ -23,6 +26,23 @@ def read_json(path: Path, remedy: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: {remedy}")
     return value
+
+
+def weight_map(directory: Path, remedy: str) -> dict[str, str] | None:
+    """File name of every tensor by tensor name, as diffusers' index of shards has it; None where there is no index.
+
+    UserError with `remedy` for an index that does not say so.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return None
+    places = read_json(index, remedy).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index} holds no weight_map: {remedy}")
+    for name, place in places.items():
+        if not isinstance(place, str):
+            raise UserError(f"{index} names no file for {name}, but {place!r}: {remedy}")
+    return places
 
 
 def write_json(path: Path, value: object) -> None:

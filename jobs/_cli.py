@@ -91,6 +91,13 @@ def console_on(stream: TextIO) -> Console:
     return console
 
 
+def output_of(args: argparse.Namespace) -> str:
+    """Where `--output` says that results lie, by default ./results. UserError for an empty one."""
+    if args.output == "":  # an unset variable of a shell: it would mean the current folder
+        raise UserError("--output is empty: name a folder or URI, or leave it out")
+    return DEFAULT_OUTPUT if args.output is None else args.output
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitflux_core.errors import UserError
 from cluster.plan import Plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
 from jobs import _ray
-from jobs._cli import COMPLETE, DEFAULT_OUTPUT, INCOMPLETE, console_on
+from jobs._cli import COMPLETE, INCOMPLETE, console_on, output_of
 from jobs._fidelity_report import fidelity_document, fidelity_of, print_fidelity
 from jobs._progress import ProgressReport
 from jobs._report import counts, document, print_report, scores_of
@@ -47,7 +46,7 @@ def run_and_report(args: Namespace, prepare: Callable[[str], Prepared]) -> int:
     # Before anything else can go wrong: an earlier job's verdict must not stand for this one.
     from cluster.output import check_output
 
-    output = check_output(_asked(args), [], _ray.in_submitted_job())
+    output = check_output(output_of(args), [], _ray.in_submitted_job())
     with Verdict(output) as verdict:
         # Whatever a library prints must not land in the JSON document.
         with contextlib.redirect_stdout(sys.stderr):
@@ -84,7 +83,7 @@ def _run(args: Namespace, prepared: Prepared, verdict: Verdict) -> "RunSummary":
     uncompared = unmeasured(plan, store) if complete else []
     with contextlib.nullcontext() if complete and not uncompared else _ray.connected():
         if not complete:
-            check_output(_asked(args), alive_nodes(), _ray.in_submitted_job())
+            check_output(output_of(args), alive_nodes(), _ray.in_submitted_job())
         workers = prepared.workers() if prepared.workers and not complete else None
         with ProgressReport(console_on(sys.stderr)) as progress:
             summary = run(
@@ -111,9 +110,3 @@ def _compare_images(prepared: Prepared) -> None:
         models = prepared.files.scoring if prepared.files else {}
         clip = models.get("clip") or models.get("clip_score")
         measure_fidelity(plan, missing, prepared.profile, Path(clip) if clip else None, store)
-
-
-def _asked(args: Namespace) -> str:
-    if args.output == "":  # an unset variable of a shell: it would mean the current folder
-        raise UserError("--output is empty: name a folder or URI, or leave it out")
-    return DEFAULT_OUTPUT if args.output is None else args.output

@@ -23,7 +23,7 @@ from cluster.store import ResultStore
 from cluster.workload import Workload, load_workloads
 from evaluators.modes import MODES
 from jobs import _ray
-from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
+from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, output_of, positive, run_id
 from jobs._inputs import chosen_profile, chosen_workloads, located_evaluators
 from jobs._run import Prepared, run_and_report
 
@@ -94,7 +94,7 @@ def _export(args: Namespace) -> int:
     from cluster.exported_images import planned_export, write_export
     from cluster.rescoring import complete_plan
 
-    store = ResultStore(DEFAULT_OUTPUT if args.output is None else args.output, args.run_id)
+    store = ResultStore(output_of(args), args.run_id)
     plan = complete_plan(store)
     variant = _chosen("variant", args.variant, plan["variants"])
     name = args.benchmark or _chosen("benchmark", None, [benchmark["name"] for benchmark in plan["benchmarks"]])

@@ -23,7 +23,7 @@ from cluster.plan import Plan
 from cluster.profile import Profile
 from cluster.store import ResultStore
 from jobs import _ray
-from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, positive, run_id
+from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, names, output_of, positive, run_id
 from jobs._inputs import check_variants, chosen_profile, chosen_workloads, located
 from jobs._progress import ProgressReport
 
@@ -186,11 +186,7 @@ def _gates_of(args: Namespace, profile: Profile) -> str:
 def _output(args: Namespace) -> str:
     from cluster.output import check_output
 
-    return check_output(_asked(args), [], _ray.in_submitted_job())
-
-
-def _asked(args: Namespace) -> str:
-    return DEFAULT_OUTPUT if args.output is None else args.output
+    return check_output(output_of(args), [], _ray.in_submitted_job())
 
 
 @contextlib.contextmanager
@@ -199,7 +195,7 @@ def _ray_over(args: Namespace) -> Iterator[None]:
     from cluster.output import alive_nodes, check_output
 
     with _ray.connected():
-        check_output(_asked(args), alive_nodes(), _ray.in_submitted_job())
+        check_output(output_of(args), alive_nodes(), _ray.in_submitted_job())
         yield
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from bitflux_core.errors import UserError
 from cluster.store import ResultStore
-from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, run_id
+from jobs._cli import COMPLETE, DEFAULT_OUTPUT, Parser, console_on, exit_code_of, output_of, run_id
 
 READS = {duckdb.StatementType.SELECT, duckdb.StatementType.MULTI}  # several in one: PIVOT
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _query(args: Namespace) -> int:
     with duckdb.connect() as connection:
-        create_view(connection, args.output, args.run_id, args.partial)
+        create_view(connection, output_of(args), args.run_id, args.partial)
         try:
             _check_reads_only(connection, args.sql)
             cursor = connection.execute(args.sql)

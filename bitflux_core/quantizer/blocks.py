@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from bitflux_core.checkpoint import empty_transformer, is_ternary
 from bitflux_core.errors import UserError
-from bitflux_core.files import read_json
+from bitflux_core.files import SINGLE_FILE, read_json, weight_map
 from bitflux_core.layers import BLOCKS
 
 REMEDY = "copy the model again"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 AXES = 3  # of a token's place
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -155,13 +153,8 @@ class BlockSource:
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     """File name of every tensor in the folder, by tensor name."""
-    if (directory / INDEX).is_file():
-        places = read_json(directory / INDEX, REMEDY).get("weight_map")
-        if not isinstance(places, dict):
-            raise UserError(f"{directory / INDEX} holds no weight_map: {REMEDY}")
-        for name, place in places.items():
-            if not isinstance(place, str):
-                raise UserError(f"{directory / INDEX} names no file for {name}, but {place!r}: {REMEDY}")
+    places = weight_map(directory, REMEDY)
+    if places is not None:
         return places
     file = directory / SINGLE_FILE
     try:

@@ -119,6 +119,7 @@ DAMAGES = {
         ["alien", "does not belong"],
     ),
     "unknown format": (header("format_version", 99), ["format 99", "reads 2"]),
+    "unknown codes": (header("codes", "decimal"), ["config.json", "'decimal'", "make the checkpoint again"]),
     "no list of files": (header("files", 5), ["checkpoint format"]),
     "plain transformer": (
         lambda folder: edit_config(folder, lambda c: c.pop("quantization_config")),

@@ -108,6 +108,12 @@ def test_an_output_without_runs(tmp_path, capsys):
     assert "absent: no complete run there" in capsys.readouterr().err
 
 
+def test_an_empty_output_is_not_the_current_folder(output, capsys, monkeypatch):
+    monkeypatch.chdir(output)
+    assert query.main(["SELECT 1", "--output", ""]) == 2
+    assert capsys.readouterr().err == "error: --output is empty: name a folder or URI, or leave it out\n"
+
+
 def test_a_damaged_file_is_named(output, capsys):
     shard = output / "run_id=first" / "variant=bf16" / "benchmark=mini" / "shard-00000.parquet"
     shard.write_bytes(b"no parquet")

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitflux_core.loading import load_transformer
+from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.quantize import QuantizeSettings
 from bitflux_core.samples import Sampling
 
@@ -26,6 +28,16 @@ def lively_dir(pipeline_dir, tmp_path_factory) -> Path:
             tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
     save_file(tensors, folder / "transformer" / WEIGHTS, {"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def source(lively_dir):
+    return BlockSource(lively_dir / "transformer", "cpu", torch.float32)
+
+
+@pytest.fixture
+def teacher(lively_dir):
+    return load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

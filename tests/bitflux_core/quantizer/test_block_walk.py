@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from bitflux_core.layers import block_linears
-from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer import block_walk
 from bitflux_core.quantizer.block_walk import STAGES, WalkSettings, assemble, quantize_blocks
-from bitflux_core.quantizer.blocks import BlockSource, recorded_inputs
+from bitflux_core.quantizer.blocks import recorded_inputs
 from bitflux_core.quantizer.compensation import Compensator, InputMoments
 from bitflux_core.quantizer.quantize import calibrate, collect
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
@@ -17,16 +16,6 @@ from bitflux_core.quantizer.work import WorkFolder
 from kernels.packing import unpack_planes
 
 FIRST, SECOND = "transformer_blocks.0", "single_transformer_blocks.0"
-
-
-@pytest.fixture
-def source(lively_dir):
-    return BlockSource(lively_dir / "transformer", "cpu", torch.float32)
-
-
-@pytest.fixture
-def teacher(lively_dir):
-    return load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

@@ -4,22 +4,10 @@ import pytest
 import torch
 
 from bitflux_core.distill import load_scheduler, sampler_sigmas
-from bitflux_core.loading import load_transformer
-from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.quantize import calibrate, encode
 from bitflux_core.quantizer.work import WorkFolder
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def source(lively_dir):
-    return BlockSource(lively_dir / "transformer", "cpu", torch.float32)
-
-
-@pytest.fixture
-def teacher(lively_dir):
-    return load_transformer("bf16", pipeline_dir=lively_dir, ternary_dir=None, device="cpu", dtype=torch.float32)
 
 
 @torch.no_grad()
