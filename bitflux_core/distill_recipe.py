@@ -28,7 +28,6 @@ class EndToEndSettings:
         optimizer: of the latents. `factored`: bfloat16 latents that fit 80 GB beside FLUX.1-dev's teacher, see
             distill_optimizer.py. `adam`: float32 latents by AdamW, as all else; 16 bytes each, on one GPU, and better
             codes in the same time.
-        compiled: on one GPU by torch.compile: faster for a large model, but no two runs give the same codes.
         patience: evaluations without a better one after which a phase (plain, then int8) ends early, once rates have
             fallen to half: before, their noise hides what is gained.
     """
@@ -51,7 +50,6 @@ class EndToEndSettings:
     patience: int = 10
     weighted: bool = True
     optimizer: Optimizer = "factored"
-    compiled: bool = False
     seed: int = 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,10 +50,6 @@ from bitflux_core.training import (
 from kernels.packing import pack_planes, unpack_planes
 from kernels.training import codes_of
 
-# How a step's kernels are launched: one by one, by torch.compile's code block by block, or all by one CUDA graph.
-# Compiled, a step of FLUX.1-dev takes a quarter less time, but the gradients differ from run to run (torch 2.11).
-Launch = Literal["eager", "compiled", "graph"]
-
 RESULT = "best.safetensors"
 NEAR_BYTES = 1 << 30  # conditions smaller than this lie on the GPU; FLUX.1-dev's are 30 GB
 WARMUP_SHARE = 20  # of the steps, one in so many
@@ -65,10 +61,10 @@ class EndToEnd:
     """Teacher and student on `device`, the states they are trained on, and the way back to the last checkpoint.
 
     `teacher` is full-precision and on `device`, `start` the ternary transformer to train on, on the CPU; `folder` is
-    where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments,
-    and keeps its rows of teacher and latents. A step whose `launch` is a graph keeps
-    what its backward pass needs, where others compute it again; it pays where models are so small that Python is slower
-    than the GPU. UserError for a batch that the ranks cannot share, for AdamW on several and for a damaged checkpoint.
+    where checkpoints and the best weights go. With `mesh`, one rank a GPU: every rank is given the same arguments, and
+    keeps its rows of teacher and latents. With `graph` one CUDA graph launches a step, which keeps what its backward
+    pass needs, where others compute it again; it pays where models are so small that Python is slower than the GPU.
+    UserError for a batch that the ranks cannot share, for AdamW on several and for a damaged checkpoint.
     """
 
     def __init__(
@@ -83,7 +79,7 @@ class EndToEnd:
         device: torch.device,
         folder: Path,
         mesh: DeviceMesh | None = None,
-        launch: Launch = "eager",
+        graph: bool = False,
     ):
         """`trained` and `held_out` are places of prompts in `conditions`; one that is named twice counts twice."""
         if device.type == "cuda":
@@ -97,7 +93,7 @@ class EndToEnd:
             raise UserError("AdamW trains on one GPU: take the factored optimizer on several")
         self.start = start
         self.student = make_student(teacher, start, latent_dtype=torch.float32 if by_adam else torch.bfloat16)
-        if launch != "graph":
+        if not graph:
             # No layer draws random numbers.
             again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)
             self.student.enable_gradient_checkpointing(again)
@@ -187,13 +183,7 @@ class EndToEnd:
                 at_noise = (starts.inputs(starts.part_of(step)) for step in range(len(starts.step_S) // share))
                 self.weights_K.copy_(error_weights(at_noise, sigmas, self._teach, self._predict))
             self.rollouts.spread(self._teach)
-        self._replayed: Replayed | None = None
-        if launch == "graph":
-            self._replayed = Replayed(self._forward_backward)
-        elif launch == "compiled":
-            for model in (self.teacher, self.student):
-                for block in (model.get_submodule(name) for name in self.blocks):
-                    block.forward = torch.compile(block.forward, dynamic=False)  # hooks on blocks stay outside
+        self._replayed = Replayed(self._forward_backward) if graph else None
 
     @property
     def native_steps(self) -> int:
@@ -274,11 +264,10 @@ class EndToEnd:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """Mean relative velocity error on the held-out states, weighted as in training, as the student is now."""
-        with torch.compiler.set_stance("force_eager"):  # for these batches nothing was compiled
-            errors = [
-                self._weights_of(inputs) * state_errors(self._predict(inputs), self._teach(inputs))
-                for inputs in self.held_out
-            ]
+        errors = [
+            self._weights_of(inputs) * state_errors(self._predict(inputs), self._teach(inputs))
+            for inputs in self.held_out
+        ]
         return torch.cat(errors).mean().item()
 
     @torch.no_grad()
@@ -313,7 +302,7 @@ class EndToEnd:
     def show(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
         """Gives `look` the student as it is, with the activations and the step of the last record."""
         self._set_activations(self.records[-1].phase)
-        with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), self._autocast():
             look(self.student, self.records[-1].step)
 
     def _autocast(self) -> torch.autocast:

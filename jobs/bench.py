@@ -53,7 +53,6 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     distill.add_argument("--gpus", type=_counts, default=(1,), metavar="A,B", help="by Ray Train from two on (1)")
     distill.add_argument("--batch", type=_counts, default=(1,), metavar="A,B", help="images a step on each GPU (1)")
-    distill.add_argument("--eager", action="store_true", help="without torch.compile")
     distill.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
     distill.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
     loading = sections.add_parser("loading", help="seconds and host memory from a checkpoint's files to the device")
@@ -191,7 +190,7 @@ def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
 
     def measured() -> Iterator[distill.DistillRow]:
         for gpus, batch in itertools.product(args.gpus, args.batch):
-            row = distill.DistillRow(gpus, gpus * batch, resolution, gpus == 1 and not args.eager and not args.tiny)
+            row = distill.DistillRow(gpus, gpus * batch, resolution)
             if gpus == 1:
                 yield distill.measure_training(row, sizes, device, args.output)
                 continue

@@ -61,7 +61,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--distill-optimizer", choices=OPTIMIZERS, help="adam takes 16 bytes a weight, and is better (factored)")
     add("--distill-rate", type=rate, metavar="R", help="learning rate of latent weights, in scales (0.005)")
-    add("--distill-compiled", action="store_true", help="faster by torch.compile, but no two runs give the same codes")
     add("--distill-gpus", type=positive, default=1, metavar="N", help="GPUs for it, by Ray from two on (%(default)s)")
     add("--seed", type=seed, default=0, metavar="N", help="of noise, states and training (%(default)s)")
     add("--output", type=Path, help="folder of the checkpoint, new or empty (see below)")
@@ -219,7 +218,6 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         interval=max(EndToEndSettings.interval, args.distill_steps // EVALUATIONS),
         optimizer=args.distill_optimizer or EndToEndSettings.optimizer,
         latent_lr=args.distill_rate or EndToEndSettings.latent_lr,
-        compiled=args.distill_compiled,
         seed=args.seed,
     )
     return settings, distill_prompts(profile, args)

@@ -4,8 +4,8 @@ In plain torch each is a dozen passes over its tensors; on a GPU they took more 
 
 Legend: N rows and K columns of a weight; B images, S tokens, H heads, D head size.
 
-On CUDA Triton kernels run (kernels/_training_kernels.py), elsewhere and inside torch.compile, which fuses by itself,
-plain torch. All sums have a fixed order: the same bits in every run.
+On CUDA Triton kernels run (kernels/_training_kernels.py), elsewhere plain torch. All sums have a fixed order: the same
+bits in every run.
 """
 
 import torch
@@ -87,7 +87,7 @@ class _RoundedToInt8(torch.autograd.Function):
 
 
 def _by_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and not torch.compiler.is_compiling()
+    return tensor.is_cuda
 
 
 def _kernels():

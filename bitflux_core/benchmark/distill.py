@@ -35,7 +35,6 @@ class DistillRow:
 
     Attributes:
         gpus, batch, resolution: GPUs, images a step on all of them together, pixels a side.
-        compiled: by torch.compile, which several GPUs do without.
         planned_gb: distill_memory.py's estimate of peak_gb.
         resident_gb: allocated between steps, on the first GPU.
         peak_gb: most that was allocated there in a step (CUDA only).
@@ -50,7 +49,6 @@ class DistillRow:
     gpus: int
     batch: int
     resolution: int
-    compiled: bool = False
     planned_gb: float | None = None
     resident_gb: float | None = None
     peak_gb: float | None = None
@@ -147,7 +145,6 @@ def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path,
         device,
         folder,
         mesh,
-        "compiled" if row.compiled else "eager",
     )
 
 

@@ -23,7 +23,7 @@ from bitflux_core.distill import Conditions, load_scheduler
 from bitflux_core.distill_checkpoint import load_tensors, save_tensors
 from bitflux_core.distill_memory import check_memory, memory_plan
 from bitflux_core.distill_recipe import EndToEndSettings, Record
-from bitflux_core.distill_training import EndToEnd, Launch, finished, load_result
+from bitflux_core.distill_training import EndToEnd, finished, load_result
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding
@@ -102,8 +102,8 @@ class EndToEndTask:
         start = load_ternary(self._start, dtype=torch.float32, device="cpu")
         scheduler = load_scheduler(self.pipeline_dir)
         places = (self.trained, self.held_out)
-        launch = self._launch(teacher, device)
-        parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, launch)
+        graph = self._by_graph(teacher, device)
+        parts = (teacher, start, scheduler, conditions, *places, self.settings, device, self._training, mesh, graph)
         training = EndToEnd(*parts)
         drawn = self.held_out[: self.images]
         if not drawn:
@@ -151,7 +151,7 @@ class EndToEndTask:
             low_rank=self.low_rank,
             dtype=torch.bfloat16,
             by_adam=by_adam,
-            recomputed=self._launch(empty, device) != "graph",
+            recomputed=not self._by_graph(empty, device),
         )
         check_memory(plan, device)
 
@@ -162,12 +162,9 @@ class EndToEndTask:
             raise UserError(f"the training in {self._training} has not ended: run the same command again")
         return load_result(self._config(), self._training), records
 
-    def _launch(self, transformer: FluxTransformer2DModel, device: torch.device) -> Launch:
-        if device.type != "cuda" or self.gpus > 1:
-            return "eager"
-        if self.settings.compiled:
-            return "compiled"
-        return "graph" if sum(parameter.numel() for parameter in transformer.parameters()) < GRAPH_BELOW else "eager"
+    def _by_graph(self, transformer: FluxTransformer2DModel, device: torch.device) -> bool:
+        small = sum(parameter.numel() for parameter in transformer.parameters()) < GRAPH_BELOW
+        return device.type == "cuda" and self.gpus == 1 and small
 
     def _lacks_image(self, records: list[Record]) -> bool:
         return bool(records and self.images) and not self._image(records[-1].step).is_file()

@@ -54,14 +54,14 @@ def train(teacher, tmp_path):
     quantize_transformer(plain)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=3.0)
 
-    def make(folder: str, held_out=(22, 23), rank=0, launch="eager", **changes) -> EndToEnd:
+    def make(folder: str, held_out=(22, 23), rank=0, **changes) -> EndToEnd:
         start = copy.deepcopy(plain)
         for name, layer in block_linears(start).items() if rank else ():
             layer.up, layer.down = best_low_rank(teacher.get_parameter(f"{name}.weight") - layer.dequantize(), rank)
         settings = replace(SETTINGS, **changes)
         trained = [place for place in range(PROMPTS) if place not in held_out]
         parts = (copy.deepcopy(teacher), start, scheduler, conditions, trained, held_out, settings, CPU)
-        return EndToEnd(*parts, tmp_path / folder, launch=launch)
+        return EndToEnd(*parts, tmp_path / folder)
 
     return make
 
@@ -77,20 +77,6 @@ def test_training_lowers_the_held_out_error_and_flips_codes(train, tmp_path, tea
     assert records[-1].loss < 0.8 * records[1].loss
     assert 0 == records[0].codes_flipped < records[1].codes_flipped < records[-1].codes_flipped < 0.5
     assert finished(tmp_path / "a", 160) == records
-
-
-@pytest.mark.slow  # torch.compile
-def test_compiled_steps_train_alike_and_go_on_from_a_checkpoint(train, monkeypatch):
-    compiled_by_inductor = torch.compile
-
-    def quickly(function, *, dynamic):
-        return compiled_by_inductor(function, dynamic=dynamic, backend="aot_eager")  # inductor takes minutes
-
-    monkeypatch.setattr(torch, "compile", quickly)
-    same = {"steps": 40, "int8_steps": 20, "interval": 20, "batch": 4, "latent_lr": 1e-2}
-    eager, compiled = train("a", **same).run(), train("b", launch="compiled", **same).run()
-    assert [record.held_out for record in compiled] == pytest.approx([r.held_out for r in eager], rel=0.02)
-    assert train("b", launch="compiled", **same).records == compiled
 
 
 def test_the_result_draws_what_the_student_drew_at_its_best(train, tmp_path, teacher, monkeypatch):
