@@ -33,7 +33,7 @@ from bitflux_core.distill_checkpoint import (
 from bitflux_core.distill_features import BlockOutputs, spread_names, state_errors
 from bitflux_core.distill_optimizer import FactoredInBackward, dampen, seed_of
 from bitflux_core.distill_recipe import EndToEndSettings, Record
-from bitflux_core.distill_sensitivity import error_weights
+from bitflux_core.distill_sensitivity import error_weights, velocities_weighing
 from bitflux_core.distill_shards import local, local_rows, shard, whole_of, whole_rows
 from bitflux_core.distill_states import HeldOut, Inputs, Rollouts
 from bitflux_core.errors import UserError
@@ -150,13 +150,12 @@ class EndToEnd:
             velocity=self._teach,
             **common,
         )
-        slots = -(-max(settings.slots, settings.batch) // settings.batch) * settings.batch
         self.rollouts = Rollouts(
             conditions,
             trained,
             sigmas,
             guidance,
-            slots=slots,
+            slots=whole_batches(settings.slots, settings.batch),
             batch=settings.batch,
             seed=seed_of(settings.seed, 2),
             rank=self.rank,
@@ -169,13 +168,15 @@ class EndToEnd:
         if checkpoint:
             self._restore(checkpoint)
         else:
+            if self.rank == 0:
+                print(f"distill: before the first step, {velocities_before(settings):,} velocities", flush=True)
             if settings.weighted:
                 starts = Rollouts(
                     conditions,
                     trained,
                     sigmas,
                     guidance,
-                    slots=-(-WEIGHED_ON // settings.batch) * settings.batch,  # as many on many GPUs as on one
+                    slots=whole_batches(WEIGHED_ON, settings.batch),  # as many on many GPUs as on one
                     batch=share,
                     seed=seed_of(settings.seed, 3),
                     **common,
@@ -446,6 +447,18 @@ class EndToEnd:
             raise UserError(
                 f"{checkpoint.folder} is no checkpoint of this training ({problem}): remove {self.folder}"
             ) from error
+
+
+def velocities_before(settings: EndToEndSettings) -> int:
+    """How many velocities of a state are computed before the first step: to weigh errors, and to walk states apart."""
+    weighed_on = whole_batches(WEIGHED_ON, settings.batch) if settings.weighted else 0
+    walked = settings.held_out + whole_batches(settings.slots, settings.batch)
+    return weighed_on * velocities_weighing(settings.sampler_steps) + walked * (settings.sampler_steps - 1)
+
+
+def whole_batches(count: int, batch: int) -> int:
+    """The least multiple of `batch` that is no less than `count`."""
+    return math.ceil(count / batch) * batch
 
 
 def finished(folder: Path, steps: int) -> list[Record] | None:

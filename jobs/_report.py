@@ -139,7 +139,7 @@ def document(summary: "RunSummary", scores: Scores) -> dict[str, Any]:
 
 def _comparison_table(comparisons: list[Comparison]) -> Table:
     baseline, variant = comparisons[0].baseline, comparisons[0].variant
-    columns = (baseline, variant, "difference", "95 % interval", "detectable", "images", "failures")
+    columns = (baseline, variant, "difference", "95 % interval", "detectable", "images", "lacking")
     table = _tag_table(f"{variant} against {baseline}, scores in %", columns)
     for c in comparisons:
         scores = (_percent(c.baseline_score), _percent(c.variant_score), _percent(c.delta, "+"))
@@ -151,7 +151,7 @@ def _comparison_table(comparisons: list[Comparison]) -> Table:
 
 def _score_table(scores: Scores) -> Table:
     (variant,) = {variant for variant, _ in scores.estimates}
-    table = _tag_table(f"{variant}, scores in %", (variant, "95 % interval", "images", "failures"))
+    table = _tag_table(f"{variant}, scores in %", (variant, "95 % interval", "images", "lacking"))
     for (_, benchmark), estimates in scores.estimates.items():
         for e in estimates:
             bounds = _bounds(e.ci_low, e.ci_high)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import track
 from rich.table import Table
 
 from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, positive, seed
@@ -94,8 +95,8 @@ def _rates(name: str, judge: "Evaluator", specs: list["PromptSpec"], metadata: A
 
     rng = random.Random(seed)
     about = [metadata(spec) for spec in specs]
-    right = _scores(judge, rendered(specs, seed), about)
-    wrong = _scores(judge, rendered([contradicted(spec, rng) for spec in specs], seed + 1), about)
+    right = _scores(f"{name}, right", judge, rendered(specs, seed), about)
+    wrong = _scores(f"{name}, wrong", judge, rendered([contradicted(spec, rng) for spec in specs], seed + 1), about)
     fails: dict[str, list[bool]] = defaultdict(list)
     passes: dict[str, list[bool]] = defaultdict(list)
     for spec, good, bad in zip(specs, right, wrong, strict=True):
@@ -131,9 +132,11 @@ def rendered(specs: Sequence["PromptSpec"], seed: int) -> list["np.ndarray"]:
     return images
 
 
-def _scores(judge: "Evaluator", images: Sequence["np.ndarray"], about: Sequence[dict]) -> list[float]:
+def _scores(name: str, judge: "Evaluator", images: Sequence["np.ndarray"], about: Sequence[dict]) -> list[float]:
     scores: list[float] = []
-    for start in range(0, len(images), BATCH):
+    console = console_on(sys.stderr)
+    batches = range(0, len(images), BATCH)
+    for start in track(batches, name, console=console, transient=True, disable=not console.is_terminal):
         part = slice(start, start + BATCH)
         for score in judge.score(images[part], about[part]):
             if score.score is None:

@@ -19,9 +19,8 @@ from bitflux_core.benchmark.steps import synchronize
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill import Conditions
 from bitflux_core.distill_memory import check_memory, memory_plan
-from bitflux_core.distill_recipe import RECIPE, EndToEndSettings
-from bitflux_core.distill_sensitivity import velocities_weighing
-from bitflux_core.distill_training import WEIGHED_ON, EndToEnd
+from bitflux_core.distill_recipe import RECIPE
+from bitflux_core.distill_training import EndToEnd, velocities_before
 from bitflux_core.samples import PIXELS_PER_TOKEN
 
 WARM_UP, STEPS = 2, 5
@@ -114,12 +113,6 @@ def recipe_hours(*, step_s: float, int8_step_s: float, held_out_s: float, save_s
     steps = (RECIPE.steps - RECIPE.int8_steps) * step_s + RECIPE.int8_steps * int8_step_s
     pauses = RECIPE.steps // RECIPE.interval * (RECIPE.held_out * held_out_s + save_s)
     return (velocities_before(RECIPE) * held_out_s / 2 + steps + pauses) / 3600
-
-
-def velocities_before(settings: EndToEndSettings) -> int:
-    """How many velocities of a state are computed before the first step: to weigh errors, and to walk states apart."""
-    walked = (settings.held_out + settings.slots) * (settings.sampler_steps - 1)
-    return WEIGHED_ON * velocities_weighing(settings.sampler_steps) + walked
 
 
 def _training(row: DistillRow, sizes: Sizes, device: torch.device, folder: Path, mesh: DeviceMesh | None) -> EndToEnd:

@@ -195,6 +195,7 @@ def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, dev
     UserError for embeddings that are not finite: no step on them would ever end in codes.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"encoding {len(prompts):,} prompts", flush=True)
     embeddings = TextEncoder(pipeline_dir, device, dtype, sampling.max_sequence_length).encode(prompts, ENCODE_BATCH)
     for prompt, embedding in zip(prompts, embeddings, strict=True):
         if not (embedding.prompt_embeds.isfinite().all() and embedding.pooled.isfinite().all()):

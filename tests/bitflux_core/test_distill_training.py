@@ -10,13 +10,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
-from bitflux_core.benchmark.distill import velocities_before
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.distill import Conditions, LatentTernaryLinear
 from bitflux_core.distill_checkpoint import latest_checkpoint
 from bitflux_core.distill_features import state_errors
 from bitflux_core.distill_recipe import EndToEndSettings
-from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_result
+from bitflux_core.distill_training import RESULT, EndToEnd, finished, load_result, velocities_before
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
@@ -220,7 +219,8 @@ def test_nothing_is_given_up_while_rates_are_high(train, monkeypatch):
     assert run.step == 16
 
 
-def test_velocities_before_the_first_step_are_those_that_the_bench_counts(train, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"batch": 8, "slots": 12}, {"weighted": False}])
+def test_velocities_before_the_first_step_are_told(train, monkeypatch, capsys, changes):
     computed = []
     for method in ("_teach", "_predict"):
         plain = getattr(EndToEnd, method)
@@ -230,8 +230,9 @@ def test_velocities_before_the_first_step_are_those_that_the_bench_counts(train,
             return plain(self, inputs)
 
         monkeypatch.setattr(EndToEnd, method, counted)
-    run = train("a", held_out=(20, 21, 22, 23))
+    run = train("a", held_out=(20, 21, 22, 23), **changes)
     assert sum(computed) == velocities_before(replace(run.settings, held_out=4))
+    assert "before the first step" in capsys.readouterr().out
 
 
 def test_int8_is_simulated_in_the_last_phase_only(train):
