@@ -23,7 +23,7 @@ from bitflux_core.files import SINGLE_FILE, file_digest, fingerprint, read_json,
 from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
 from bitflux_core.linear import Execution, TernaryLinear
 from bitflux_core.model_card import write_card
-from bitflux_core.tensor_files import REMEDY, check_files, read_tensors
+from bitflux_core.tensor_files import REMEDY, checked_files, read_tensors
 from kernels.packing import Codes, pack_trits
 from kernels.reference import Activations
 
@@ -128,9 +128,8 @@ def load_ternary(
     expected, exact = model.state_dict(), _exact_tensors(model)
     columns = {f"{name}.packed": layer.in_features for name, layer in block_linears(model).items()}
     loaded = {}
-    check_files(directory, files)
-    for file_name in files:
-        for name, tensor in read_tensors(directory / file_name, expected, columns, exact, torch.device(device)):
+    for file in checked_files(directory, files):
+        for name, tensor in read_tensors(file, expected, columns, exact, torch.device(device)):
             loaded[name] = tensor if name in exact else tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
     if missing:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from bitflux_core.checkpoint import empty_transformer
 from bitflux_core.distill_attention import TrainedAttention
+from bitflux_core.distill_shards import whole_linear
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.layers import block_linears
@@ -116,7 +117,7 @@ def make_student(
 
     Latents are in `latent_dtype`, all else in float32. With `start`, a ternary transformer of the same sizes, it
     starts at those codes, scales, biases and all else that `start` has. Beside the result no more than one layer is
-    held.
+    held, also of a teacher whose layers several ranks share: then every rank must call it, with `start`.
     """
     student, device = empty_transformer(dict(teacher.config)), teacher.device
     for name, linear in block_linears(teacher).items():
@@ -126,7 +127,7 @@ def make_student(
             assert isinstance(layer, TernaryLinear)
             codes_NK = unpack_planes(layer.packed.to(device), layer.in_features)
             weight = TernaryWeight(codes_NK, layer.scale.to(device), layer.correction)
-        student.set_submodule(name, LatentTernaryLinear(linear, weight, latent_dtype))
+        student.set_submodule(name, LatentTernaryLinear(whole_linear(linear), weight, latent_dtype))
     student.set_attn_processor(TrainedAttention())
     for norm in student.modules():
         if isinstance(norm, nn.LayerNorm):
@@ -151,10 +152,22 @@ def load_scheduler(pipeline_dir: Path) -> FlowMatchEulerDiscreteScheduler:
     if name != FlowMatchEulerDiscreteScheduler.__name__:
         raise UserError(f"{folder} holds {name}: name a pipeline with a {FlowMatchEulerDiscreteScheduler.__name__}")
     try:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{folder} cannot be loaded ({problem}): copy the model again") from error
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if scheduler.config.get(option):
+            raise UserError(f"{folder} asks for {option}, which FLUX is not drawn with: copy FLUX's own scheduler")
+    return scheduler
+
+
+def drawn_timesteps(sigmas: Tensor, dtype: torch.dtype) -> Tensor:
+    """The times at which a pipeline in `dtype` asks the transformer for its velocity at these noise levels.
+
+    FluxPipeline rounds a thousand times the level, which in bfloat16 is up to 0.2 % from the level itself.
+    """
+    return (1000 * sigmas).to(dtype) / 1000
 
 
 def sampler_sigmas(

@@ -32,7 +32,7 @@ RESERVE = 1_500_000_000  # libraries' workspaces, and what the allocator cannot 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each GPU: what is alive at the peak of a step, and `building`, while the models are still whole."""
+    """Bytes on each GPU: what is alive at the peak of a step, and `building`, while a model is still whole."""
 
     building: int
     teacher: int
@@ -86,13 +86,12 @@ def memory_plan(
     corrections = sum(low_rank * (layer.in_features + layer.out_features) for layer in layers)
     keeping = 1 if recomputed else len(blocks)
     others = every - sum(sizes) + scales + corrections
+    teacher, student = every * dtype.itemsize, sum(sizes) * (FLOAT if by_adam else BF16) + others * FLOAT
+    # The teacher is spread before the student is made.
+    building = max(teacher, teacher // gpus + student + max(sizes) * STEP_BYTES)
     return MemoryPlan(
-        building=every * dtype.itemsize
-        + sum(sizes) * (FLOAT if by_adam else BF16)
-        + others * FLOAT
-        + max(sizes) * STEP_BYTES
-        + RESERVE,
-        teacher=every * dtype.itemsize // gpus,
+        building=building + RESERVE,
+        teacher=teacher // gpus,
         latents=sum(sizes) * (ADAM_BYTES if by_adam else BF16) // gpus,
         others=others * ADAM_BYTES,
         moments=0 if by_adam else sum(layer.in_features + layer.out_features for layer in layers) * FLOAT,

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from bitflux_core.layers import BLOCKS
+from bitflux_core.linear import TernaryLinear
 
 
 def shard(model: FluxTransformer2DModel, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
@@ -23,6 +24,16 @@ def shard(model: FluxTransformer2DModel, mesh: DeviceMesh, whole: set[nn.Paramet
         for block in getattr(model, kind):
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def whole_linear(linear: nn.Linear | TernaryLinear) -> nn.Linear | TernaryLinear:
+    """A sharded model's layer with its weights from all ranks, each of which must call it; any other layer itself."""
+    if isinstance(linear, TernaryLinear) or not isinstance(linear.weight, DTensor):
+        return linear
+    whole = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    state = {name: whole_of(parameter.detach()) for name, parameter in linear.named_parameters()}
+    whole.load_state_dict(state, assign=True)
+    return whole
 
 
 def whole_of(tensor: Tensor) -> Tensor:

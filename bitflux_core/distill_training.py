@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint as computed_again
 
 from bitflux_core.checkpoint import empty_transformer
-from bitflux_core.distill import Conditions, LatentTernaryLinear, make_student, sampler_sigmas
+from bitflux_core.distill import Conditions, LatentTernaryLinear, drawn_timesteps, make_student, sampler_sigmas
 from bitflux_core.distill_attention import TrainedAttention
 from bitflux_core.distill_checkpoint import (
     Checkpoint,
@@ -92,15 +92,16 @@ class EndToEnd:
         if by_adam and mesh:
             raise UserError("AdamW trains on one GPU: take the factored optimizer on several")
         self.start = start
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher.set_attn_processor(TrainedAttention())
+        if mesh:
+            shard(self.teacher, mesh, set())  # before there is a student, so that never both are whole on a GPU
         self.student = make_student(teacher, start, latent_dtype=torch.float32 if by_adam else torch.bfloat16)
         if not graph:
             # No layer draws random numbers.
             again = partial(computed_again, use_reentrant=False, preserve_rng_state=False)
             self.student.enable_gradient_checkpointing(again)
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.teacher.set_attn_processor(TrainedAttention())
         if mesh:
-            shard(self.teacher, mesh, set())
             rest = {p for name, p in self.student.named_parameters() if not name.endswith(".latent")}
             shard(self.student, mesh, rest)
         self.blocks = [f"{kind}.{index}" for kind in BLOCKS for index in range(len(getattr(teacher, kind)))]
@@ -291,14 +292,20 @@ class EndToEnd:
 
     def _teach(self, inputs: Inputs) -> Tensor:
         """The teacher's velocity, in its own dtype's arithmetic, as it draws."""
-        dtype = next(self.teacher.parameters()).dtype
-        cast = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        cast = {name: tensor.to(self._drawn_in) for name, tensor in self._as_drawn(inputs).items()}
         with torch.no_grad():
             return self.teacher(**cast, return_dict=False)[0].float()
 
     def _predict(self, inputs: Inputs) -> Tensor:
         with self._autocast():
-            return self.student(**inputs, return_dict=False)[0].float()
+            return self.student(**self._as_drawn(inputs), return_dict=False)[0].float()
+
+    def _as_drawn(self, inputs: Inputs) -> Inputs:
+        return {**inputs, "timestep": drawn_timesteps(inputs["timestep"], self._drawn_in).float()}
+
+    @property
+    def _drawn_in(self) -> torch.dtype:
+        return next(self.teacher.parameters()).dtype
 
     def show(self, look: Callable[[FluxTransformer2DModel, int], None]) -> None:
         """Gives `look` the student as it is, with the activations and the step of the last record."""
@@ -354,7 +361,8 @@ class EndToEnd:
             if not self.step:
                 raise UserError(f"{problem}: copy the full-precision model again")
             raise UserError(
-                f"{problem}: take a lower learning rate (--distill-rate); {self.folder} keeps what was saved before"
+                f"{problem}: remove {self.folder.parent}, the training's own folder, and take a lower learning rate "
+                "(--distill-rate); the blocks that it started at are kept"
             )
         self.records.append(Record(self.step, phase, loss, held_out, flipped, self.seconds))
         if self.rank == 0:

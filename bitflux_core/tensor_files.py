@@ -28,9 +28,25 @@ def check_file(file: Path, digest: str | None) -> None:
 
 
 def check_files(directory: Path, digests: Mapping[str, str | None]) -> None:
-    """`check_file` for each name. All at once: one core hashes more slowly than disks read and GPUs are filled."""
-    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-        list(pool.map(lambda name: check_file(directory / name, digests[name]), digests))
+    """`check_file` for each name."""
+    for _ in checked_files(directory, digests):
+        pass
+
+
+def checked_files(directory: Path, digests: Mapping[str, str | None]) -> Iterator[Path]:
+    """The files of `digests`, in their order, each as soon as `check_file` has passed it.
+
+    Later ones are read and hashed meanwhile: one core hashes more slowly than disks read and GPUs are filled.
+    """
+    pool = ThreadPoolExecutor()  # hashlib releases the interpreter lock
+    try:
+        files = [directory / name for name in digests]
+        checks = [pool.submit(check_file, directory / name, digest) for name, digest in digests.items()]
+        for file, check in zip(files, checks, strict=True):
+            check.result()
+            yield file
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_tensors(

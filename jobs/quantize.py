@@ -98,16 +98,15 @@ def _quantize(args: argparse.Namespace) -> int:
 
     profile = load_profile(args.profile)
     pipeline_dir = locate(profile, ["pipeline"])["pipeline"]
-    for name, value in profile.quantize:  # what the command line leaves open
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill(args, profile)
     known = REPOSITORY / profile.models.ternary if profile.models.ternary else None
     output = args.output or _free(profile.name, known)
     check_output(output)  # before the work, not after
     prompts = calibration_prompts(profile, args)
     check_prompt_lengths(pipeline_dir, prompts, profile.sampling.max_sequence_length)
-    end_to_end, distill_prompts = _end_to_end(profile, args)
-    check_prompt_lengths(pipeline_dir, distill_prompts, profile.sampling.max_sequence_length)
+    end_to_end = training_of(profile, args)
+    trained_on = distill_prompts(profile, args) if end_to_end else ()
+    check_prompt_lengths(pipeline_dir, trained_on, profile.sampling.max_sequence_length)
     settings = QuantizeSettings(
         init=args.init,
         prompts=prompts,
@@ -117,7 +116,7 @@ def _quantize(args: argparse.Namespace) -> int:
         batch=profile.batch_size,
         seed=args.seed,
         end_to_end=end_to_end,
-        distill_prompts=distill_prompts,
+        distill_prompts=trained_on,
         distill_images=args.distill_images,
         low_rank=args.low_rank or 0,
         codes=args.codes,
@@ -138,10 +137,17 @@ def _quantize(args: argparse.Namespace) -> int:
     if end_to_end:
         print(f"log of the training end to end: {output / LOG}")
     if known and known != output and (known / "config.json").is_file():
-        print(f"{_codes_alike(transformer, known):.2%} of the codes are those of {known}")
+        print(_alike(transformer, known))
     before = ", before the training end to end" if end_to_end else ""
     print(f"written to {output}; signal-to-noise ratios of all layers{before}: {TABLE}, {PLOT}")
     return COMPLETE
+
+
+def fill(args: argparse.Namespace, profile: Profile) -> None:
+    """Takes from the profile what the command line leaves open."""
+    for name, value in profile.quantize:
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _free(name: str, known: Path | None) -> Path:
@@ -155,6 +161,14 @@ def _free(name: str, known: Path | None) -> Path:
         return known
     except UserError:
         return Path(f"ternary-{name}")
+
+
+def _alike(transformer: "FluxTransformer2DModel", known: Path) -> str:
+    """What share of the codes the checkpoint `known` has too, or why they cannot be compared."""
+    try:
+        return f"{_codes_alike(transformer, known):.2%} of the codes are those of {known}"
+    except UserError as error:
+        return f"not compared with the codes of {known}: {error}"
 
 
 def _codes_alike(transformer: "FluxTransformer2DModel", known: Path) -> float:
@@ -172,9 +186,7 @@ def _codes_alike(transformer: "FluxTransformer2DModel", known: Path) -> float:
         other = others.get(name)
         assert isinstance(layer, TernaryLinear)
         if not isinstance(other, TernaryLinear) or other.packed.shape != layer.packed.shape:
-            raise UserError(
-                f"{known} is of another model ({name}): the checkpoint just made cannot be compared with it"
-            )
+            raise UserError(f"it is of another model ({name})")
         mine, theirs = (unpack_planes(each.packed, layer.in_features) for each in (layer, other))
         alike += int((mine == theirs).sum())
         total += mine.numel()
@@ -198,17 +210,17 @@ def calibration_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str
     return ()
 
 
-def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSettings | None, tuple[str, ...]]":
-    """How to train end to end, and on which prompts. UserError for options that contradict each other."""
+def training_of(profile: Profile, args: argparse.Namespace) -> "EndToEndSettings | None":
+    """How to train end to end, if at all. UserError for options that contradict each other."""
     from bitflux_core.distill_recipe import EndToEndSettings
 
     if not args.distill_steps:
-        return None, ()
+        return None
     int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
     if int8_steps > args.distill_steps:
         raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
     batch = args.distill_batch or profile.batch_size
-    settings = EndToEndSettings(
+    return EndToEndSettings(
         steps=args.distill_steps,
         int8_steps=int8_steps,
         batch=batch,
@@ -220,7 +232,6 @@ def _end_to_end(profile: Profile, args: argparse.Namespace) -> "tuple[EndToEndSe
         latent_lr=args.distill_rate or EndToEndSettings.latent_lr,
         seed=args.seed,
     )
-    return settings, distill_prompts(profile, args)
 
 
 def distill_prompts(profile: Profile, args: argparse.Namespace) -> tuple[str, ...]:

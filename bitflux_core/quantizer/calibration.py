@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitflux_core.distill import Conditions
+from bitflux_core.distill import Conditions, drawn_timesteps
 from bitflux_core.quantizer.blocks import BlockSource, Stream
 
 
@@ -41,7 +41,7 @@ class Calibration:
             guidance_B = torch.full((len(sigma_B),), self.guidance)
             yield {
                 "hidden_states": ready(latents_BLC),
-                "timestep": ready(sigma_B),
+                "timestep": drawn_timesteps(sigma_B, source.dtype).to(source.device),
                 **({"guidance": ready(guidance_B)} if source.empty.config.guidance_embeds else {}),
                 "encoder_hidden_states": ready(self.conditions.prompt_embeds_PTD[prompt_B]),
                 "pooled_projections": ready(self.conditions.pooled_PD[prompt_B]),

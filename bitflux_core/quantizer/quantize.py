@@ -89,6 +89,8 @@ def quantize(
     little GPU memory.
     """
     written = check_output(output)
+    if output.is_symlink():
+        output = output.resolve()  # a folder is put in place of another folder, not of a link to one
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
     check_rank(source.empty, settings.low_rank)  # before there is a folder of work
@@ -170,8 +172,12 @@ def quantize(
 def check_output(output: Path) -> bool:
     """Whether `output` is a checkpoint whose work still lies in `<output>.partial`: its run was killed at the very end.
 
-    UserError for a place that is in use otherwise.
+    UserError for a place that is in use otherwise, and for one that no folder can be put in place of.
     """
+    if output.is_symlink():
+        output = output.resolve()
+    if output.absolute().is_mount():
+        raise UserError(f"{output} is a mount point: name a folder in it")
     try:
         check_unused(output)
     except UserError:

@@ -59,8 +59,8 @@ def test_several_gpus_share_teacher_and_latents(flux_dev):
     assert four.teacher == one.teacher // 4
     assert four.latents == one.latents // 4
     assert four.others == one.others
-    assert four.total == four.building < one.total  # each rank makes the models whole, then keeps its part
-    assert four.building > one.teacher + one.latents
+    assert four.total == four.building < 0.6 * one.total  # each rank makes the student whole, then keeps its part
+    assert four.building > one.teacher // 4 + one.latents
     assert four.step < 0.5 * one.step
     assert one.total == one.step
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitflux_core.checkpoint import load_ternary
+from bitflux_core.distill_recipe import RECIPE
 from bitflux_core.generate import ImageGenerator, TextEncoder
 from cluster.manifests import REPOSITORY
 from cluster.profile import load_profile
@@ -90,6 +92,40 @@ def test_a_checkpoint_made_again_lies_elsewhere_and_is_compared(models, make_pro
     other = ["--init", "absmean", "--output", str(tmp_path / "other")]
     assert quantize.main(["--profile", profile, *other]) == 0
     assert "100.00% of the codes" not in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_beside_it_does_not_spoil_a_new_one(models, make_profile, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "ternary", tmp_path / "known")
+    [file] = (tmp_path / "known").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    profile = make_profile({"ternary": str(tmp_path / "known")})
+    assert quantize.main(["--profile", profile, "--init", "absmean"]) == 0
+    said = capsys.readouterr().out
+    assert "not compared with the codes of" in said
+    assert "written to ternary-" in said
+
+
+def test_a_link_to_an_empty_folder_is_filled(models, profile, tmp_path):
+    (tmp_path / "volume" / "twin").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "volume" / "twin")
+    assert quantize.main(["--profile", profile, "--init", "absmean", "--output", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "volume" / "twin" / "config.json").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_mount_point_is_refused_before_the_work(models, profile, tmp_path, capsys, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    assert quantize.main(["--profile", profile, "--init", "absmean", "--output", str(tmp_path / "volume")]) == 2
+    assert "volume is a mount point: name a folder in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_flux_dev_is_trained_as_the_recipe_says():
+    profile, args = load_profile("flux-dev"), quantize.parse(["--profile", "flux-dev"])
+    quantize.fill(args, profile)
+    assert quantize.training_of(profile, args) == RECIPE
 
 
 def test_a_profile_without_a_place_for_the_twin(models, make_profile, capsys):

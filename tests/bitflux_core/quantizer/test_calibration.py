@@ -1,9 +1,14 @@
 """Calibration states: points on the teacher's own way, each with its noise level, its prompt and the guidance."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from diffusers import FluxPipeline
 
-from bitflux_core.distill import load_scheduler, sampler_sigmas
+from bitflux_core.distill import drawn_timesteps, load_scheduler, sampler_sigmas
+from bitflux_core.errors import UserError
 from bitflux_core.quantizer.quantize import calibrate, encode
 from bitflux_core.quantizer.work import WorkFolder
 
@@ -38,6 +43,32 @@ def test_states_are_the_points_of_an_euler_walk_each_with_its_own_level(
             )[0][0]
             expected = points[step] + (sigmas[step + 1] - sigmas[step]) * velocity
             torch.testing.assert_close(points[step + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_times_are_those_of_the_pipeline(lively_dir, dtype):
+    """Bits too: in bfloat16 a time is a coarse thing."""
+    pipeline = FluxPipeline.from_pretrained(lively_dir, dtype=dtype)
+    seen = []
+
+    def asked(_transformer, _arguments, inputs):
+        seen.append(inputs["timestep"])
+
+    pipeline.transformer.register_forward_pre_hook(asked, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"width": 32, "height": 32, "max_sequence_length": 16}
+    pipeline("a red circle", num_inference_steps=7, output_type="latent", **size)
+    sigmas = sampler_sigmas(load_scheduler(lively_dir), 7, 4, CPU)
+    assert torch.equal(torch.cat(seen), drawn_timesteps(sigmas[:-1], dtype))
+
+
+@pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])
+def test_a_scheduler_that_walks_otherwise_is_refused(lively_dir, tmp_path, option):
+    shutil.copytree(lively_dir / "scheduler", tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: True}))
+    with pytest.raises(UserError, match=f"scheduler asks for {option}"):
+        load_scheduler(tmp_path)
 
 
 @torch.no_grad()
