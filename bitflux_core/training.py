@@ -27,7 +27,12 @@ def use_fast_math() -> None:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """The same bits in every run on one type of machine. RuntimeError where an operation inside has no such form."""
+    """The same bits in every run on one type of machine. RuntimeError where an operation inside has no such form.
+
+    cuDNN's attention, whose backward pass fails on torch 2.11, is left out.
+    """
+    by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch = torch.utils.deterministic
     fills = switch.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -38,6 +43,18 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         switch.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 in float32, whatever `use_fast_math` set before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def start_process_group() -> tuple[int, int]:

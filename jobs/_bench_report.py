@@ -141,6 +141,17 @@ _DISTILL = (
     Column("s a checkpoint", "save_s", ".1f"),
     Column("hours in all", "recipe_hours", ".1f"),
 )
+_QUANTIZE = (
+    Column("part", "part"),
+    Column("block", "block"),
+    Column("planned GB", "planned_gb", ".1f"),
+    Column("peak GB", "peak_gb", ".1f"),
+    Column("s", "seconds", ",.2f"),
+    Column("s reading", "read_s", ".2f"),
+    Column("s a step", "step_s", ".3f"),
+    Column("times", "times", ","),
+    Column("hours", "hours", ".2f"),
+)
 _LOADING = (
     Column("transformer", "mode"),
     Column("codes", "codes", what=lambda row: row.codes or "-"),
@@ -162,7 +173,10 @@ _EVALUATORS = (
 _LEGEND = "ternary weights with activations in bf16 (A16) and int8 (A8); ratios are speeds"
 ENGINES = ("scheduler", "Ray Data")
 _ROOMY = 9  # columns; more fill 120 characters only without spaces beside the lines
-_WORDS = ("layer", "mode", "placement", "attention", "text_encoders", "what", "target", "met", "benchmark", "category")
+_WORDS = (
+    *("layer", "mode", "placement", "attention", "text_encoders", "what", "target", "met", "benchmark", "category"),
+    *("part", "block"),
+)
 
 
 def print_result(console: Console, result: Result, files: Iterable[Path]) -> None:
@@ -195,6 +209,8 @@ def name_of(row: Any) -> str:
         return f"{row.layer}, M = {row.tokens}"
     if hasattr(row, "category"):
         return f"{row.benchmark} {row.category}"
+    if hasattr(row, "part"):
+        return f"{row.part}, {row.block}" if row.block else row.part
     if hasattr(row, "recipe_hours"):
         return f"{row.gpus} GPUs, batch {row.batch}"
     if hasattr(row, "from_cache_s"):
@@ -231,6 +247,7 @@ def _tables(result: Result) -> list[tuple[str, tuple[Column, ...], list[Any]]]:
         "tune": (_TUNED, "block sizes"),
         "scaling": (_SCALING, "drawing on several GPUs"),
         "distill": (_DISTILL, "training end to end; GB of each GPU"),
+        "quantize": (_QUANTIZE, "quantizing the blocks, before training end to end; seconds of one time"),
         "loading": (_LOADING, "from files to the device; the last columns from the page cache"),
         "evaluators": (_EVALUATORS, "scoring; images of a whole evaluation of one variant"),
     }[result.section]

@@ -1,4 +1,4 @@
-"""Measures what ternary weights save (products, steps, images, loading), what scheduling, scoring and training cost.
+"""Measures what ternary weights save (products, steps, images, loading), what quantizing, scheduling and scoring cost.
 
 Weights are random and of FLUX.1-dev's dimensions, so nothing is downloaded; the scheduler's replicas only wait. Only
 ratios within one run compare: GPUs of one kind differ. Exit code 0: measured (a model that does not fit in memory, or a
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,12 @@ def parse(argv: list[str] | None) -> Namespace:
     distill.add_argument("--batch", type=_counts, default=(1,), metavar="A,B", help="images a step on each GPU (1)")
     distill.add_argument("--resolution", type=_resolution, help="pixels a side (1024)")
     distill.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
+    quantize = sections.add_parser("quantize", help="the blocks' codes and their training: GB, seconds, hours in all")
+    quantize.add_argument("--prompts", type=positive, metavar="N", help="calibration prompts (64)")
+    quantize.add_argument("--tiny", action="store_true", help="tiny shapes, without a GPU too: a smoke run")
     loading = sections.add_parser("loading", help="seconds and host memory from a checkpoint's files to the device")
     loading.add_argument("--tiny", action="store_true", help="tiny models, without a GPU too: a smoke run")
-    tune = sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
+    sections.add_parser("tune", help="find the products' block sizes for this GPU; kernels/configs keeps them")
     scheduler = sections.add_parser(
         "scheduler", help="what scheduling costs, and Ray Data beside it; no GPU, 5 minutes"
     )
@@ -69,7 +73,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     scoring.add_argument("--drawing", type=_seconds, metavar="S", help="seconds of drawing an image, to compare with")
     scoring.add_argument("--tiny", action="store_true", help="tiny models, without a GPU too: a smoke run")
-    for section in (kernels, transformer, images, small_gpu, tune, scheduler, scaling, distill, loading, scoring):
+    for section in sections.choices.values():
         _add_common(section)
     return parser.parse_args(argv)
 
@@ -204,6 +208,17 @@ def _distill(args: Namespace, device: "torch.device") -> tuple[list, dict[str, A
     return _watched(measured()), {**settings, "recipe_steps": distill.RECIPE.steps}
 
 
+def _quantize(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
+    from bitflux_core.benchmark import models, quantize
+
+    sizes, recipe = (models.TINY, quantize.TINY) if args.tiny else (models.FLUX_DEV, quantize.FLUX_DEV)
+    if args.prompts:
+        recipe = replace(recipe, prompts=args.prompts)
+    measured = _watched(quantize.measure_quantizing(recipe, sizes, device, args.output))
+    settings = {**asdict(recipe), "resolution": sizes.resolution, "text_tokens": sizes.text_tokens, "tiny": args.tiny}
+    return measured, {**settings, "teacher_step_s": quantize.teacher_step_seconds(measured, recipe)}
+
+
 def _loading(args: Namespace, device: "torch.device") -> tuple[list, dict[str, Any]]:
     from bitflux_core.benchmark import loading, models
 
@@ -232,6 +247,7 @@ SECTIONS = {
     "scheduler": _scheduler,
     "scaling": _scaling,
     "distill": _distill,
+    "quantize": _quantize,
     "loading": _loading,
     "evaluators": _evaluators,
 }

@@ -1,6 +1,6 @@
 """The ablation: one ternary transformer for every step of the method, and for what the method leaves out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,11 @@ from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings
 from bitflux_core.quantizer.blocks import BlockSource
 from bitflux_core.quantizer.end_to_end import EndToEndTask, split_prompts
 from bitflux_core.quantizer.quantize import (
+    ARITHMETIC,
     QuantizeSettings,
+    arithmetic_of,
     calibrate,
+    check_blocks_fit,
     collect,
     digest_of,
     encode,
@@ -26,7 +29,6 @@ from bitflux_core.quantizer.quantize import (
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import least_squares
-from bitflux_core.training import use_fast_math
 from kernels.packing import codes_bytes
 from kernels.reference import Activations
 
@@ -114,15 +116,17 @@ class Ablation:
         self.settings, self.budget, self.device = settings, budget, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = BlockSource(pipeline_dir / "transformer", device, dtype)
+        rank = max(variant.low_rank for variant in VARIANTS)
+        steps = budget.reconstruction_steps
+        check_blocks_fit(self.source, replace(settings, reconstruction_steps=steps, low_rank=rank))
         # Trainings go on from what lies in their folders: all that they are made by is part of the recipe.
         trained = {variant.name: asdict(self._training(variant)) for variant in VARIANTS if variant.distilled}
         prompts = {"distill_prompts": digest_of(settings.distill_prompts)}
         self.recipe = {**provenance_of(pipeline_dir, settings), **vars(budget), **prompts, "end_to_end": trained}
+        self.recipe[ARITHMETIC] = arithmetic_of(self.source)
         self.calibration: CalibrationSet = calibrate(
             self.source, pipeline_dir, settings, WorkFolder(directory / "calibration", self.recipe)
         )
-        if device.type == "cuda":
-            use_fast_math()
 
     def teacher(self) -> FluxTransformer2DModel:
         """In float32, on the CPU."""

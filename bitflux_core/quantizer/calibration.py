@@ -13,6 +13,8 @@ from torch import Tensor
 from bitflux_core.distill import Conditions, drawn_timesteps
 from bitflux_core.quantizer.blocks import BlockSource, Stream
 
+LOG_LINES = 5  # of a walk, at least
+
 
 @dataclass(frozen=True)
 class States:
@@ -77,6 +79,8 @@ class Calibration:
             leaving = zip(streams, self.inputs(source, now), strict=True)
             velocity_PLC = torch.cat([source.leave(stream, **inputs).float().cpu() for stream, inputs in leaving])
             latents_PLC = latents_PLC + (following - sigma) * velocity_PLC
+            if step % max(1, steps // LOG_LINES) == 0:
+                print(f"calibration: {prompts} prompts at step {step + 1}/{steps}", flush=True)
         # Shuffled, so that every batch holds all noise levels.
         order_S = torch.randperm(sum(len(part[1]) for part in kept), generator=generator)
         latents_SLC, sigma_S, prompt_S = (torch.cat(parts)[order_S] for parts in zip(*kept, strict=True))

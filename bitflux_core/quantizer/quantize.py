@@ -94,17 +94,7 @@ def quantize(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
     check_rank(source.empty, settings.low_rank)  # before there is a folder of work
-    required = required_bytes(
-        source.empty,
-        states=len(settings.prompts) * settings.states_a_prompt,
-        batch=settings.batch,
-        tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
-        compensated=settings.init == "compensated",
-        corrected=settings.low_rank > 0,
-        trained=settings.reconstruction_steps > 0,
-        dtype=dtype,
-    )
-    check_memory(required, device)
+    check_blocks_fit(source, settings)
     if settings.prompts or settings.end_to_end:
         load_scheduler(pipeline_dir)  # it is used after the blocks, which take hours
     provenance = provenance_of(pipeline_dir, settings)
@@ -126,7 +116,7 @@ def quantize(
         task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     # Training has its recipe by itself: with other rates it begins again behind the same blocks.
     recipe = _without(provenance, "end_to_end")
-    work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: f"{dtype} on {device.type}"})
+    work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: arithmetic_of(source)})
     if written:
         header = _header(output)
         if (header.get("provenance"), header.get("codes")) != (json.loads(json.dumps(provenance)), settings.codes):
@@ -135,19 +125,20 @@ def quantize(
         return load_ternary(output, dtype=dtype, device="cpu")
     if task:
         WorkFolder(task.directory, provenance["end_to_end"])
-    calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
-    reconstruction = None
-    if settings.reconstruction_steps:
-        reconstruction = ReconstructionSettings(settings.reconstruction_steps, seed=settings.seed)
-    quantize_blocks(
-        source, calibration, WalkSettings(settings.init, reconstruction, low_rank=settings.low_rank), work, report
-    )
+    if not all(work.holds(name) for name in source.names):
+        calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
+        reconstruction = None
+        if settings.reconstruction_steps:
+            reconstruction = ReconstructionSettings(settings.reconstruction_steps, seed=settings.seed)
+        how = WalkSettings(settings.init, reconstruction, low_rank=settings.low_rank)
+        quantize_blocks(source, calibration, how, work, report)
+        del calibration  # its part of the GPU
 
     transformer = collect(source, work)
     rows = [row for name in source.names for row in work.load(name)[1]]
     records: list[Record] = []
     if task and prompts:
-        del source, calibration  # their part of the GPU
+        del source  # its part of the GPU
         if not task.prepared:
             task.prepare(transformer, encode(pipeline_dir, prompts.distinct, settings.sampling, device))
         gc.collect()
@@ -167,6 +158,26 @@ def quantize(
     os.replace(made, output)  # whole, or not at all
     work.remove()
     return transformer
+
+
+def check_blocks_fit(source: BlockSource, settings: QuantizeSettings) -> None:
+    """UserError for too little GPU memory, before anything is loaded."""
+    required = required_bytes(
+        source.empty,
+        states=len(settings.prompts) * settings.states_a_prompt,
+        batch=settings.batch,
+        tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
+        compensated=settings.init == "compensated",
+        corrected=settings.low_rank > 0,
+        trained=settings.reconstruction_steps > 0,
+        dtype=source.dtype,
+    )
+    check_memory(required, source.device)
+
+
+def arithmetic_of(source: BlockSource) -> str:
+    """What decides the codes beside the recipe."""
+    return f"{source.dtype} on {source.device.type}"
 
 
 def check_output(output: Path) -> bool:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from bitflux_core.optimizers import Muon, orthogonalize
-from bitflux_core.training import Average, FlatGradients, Progress, warmup_then_cosine, warmup_then_linear
+from bitflux_core.training import (
+    Average,
+    FlatGradients,
+    Progress,
+    deterministic,
+    warmup_then_cosine,
+    warmup_then_linear,
+)
 
 
 @pytest.mark.parametrize("schedule", [warmup_then_linear, warmup_then_cosine])
@@ -28,6 +35,13 @@ def test_flat_gradients_are_the_parameters_own():
     assert gradients.flat.norm() == pytest.approx(1.0, abs=1e-4)
     gradients.zero()
     assert not layer.weight.grad.any()
+
+
+def test_attention_by_cudnn_is_left_out_of_deterministic_steps_and_comes_back():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with deterministic():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_average_follows_slowly_and_replaces_the_live_weights():

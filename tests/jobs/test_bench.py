@@ -10,11 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bitflux_core.benchmark import models, steps
+from bitflux_core.benchmark import models, quantize, steps
 from bitflux_core.errors import UserError
+from bitflux_core.samples import Sampling
 from cluster.manifests import REPOSITORY
+from cluster.profile import load_profile
 from evaluators.compbench.categories import CATEGORIES
 from jobs import bench
+from jobs.quantize import parse as parse_quantize
 from kernels import ops
 
 MACHINE = {"section", "device", "driver", "cuda", "torch", "triton", "git_revision", "date"}
@@ -41,6 +44,7 @@ def files(folder, section: str) -> tuple[dict, list[dict]]:
         (["images", "--tiny", "--resolution", "100"], "multiple of 16"),
         (["images", "--tiny", "--steps", "0"], "--steps"),
         (["distill", "--tiny", "--gpus", "0"], "--gpus"),
+        (["quantize", "--tiny", "--prompts", "0"], "--prompts"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch):
@@ -53,7 +57,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, named, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "section", ["kernels", "transformer", "images", "small-gpu", "distill", "loading", "evaluators"]
+    "section", ["kernels", "transformer", "images", "small-gpu", "distill", "quantize", "loading", "evaluators"]
 )
 def test_a_section_says_that_it_needs_a_gpu(section, capsys, tmp_path):
     assert bench.main([section, "--output", str(tmp_path / "bench")]) == 2
@@ -253,6 +257,52 @@ def test_training_that_does_not_fit_is_refused_with_the_figures(capsys, tmp_path
     monkeypatch.setattr("bitflux_core.benchmark.distill.check_memory", _refuse)
     assert bench.main(["distill", "--tiny", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: 54.8 GB asked, 24 GB free\n"
+
+
+def test_quantizing_the_blocks(capsys, tmp_path):
+    assert bench.main(["quantize", "--tiny", "--prompts", "2", "--output", str(tmp_path)]) == 0
+    assert "s reading" in capsys.readouterr().out
+    document, rows = files(tmp_path, "quantize")
+    settings = document["settings"]
+    assert (settings["prompts"], settings["tiny"]) == (2, True)
+    assert [(row["part"], row["block"], row["times"]) for row in rows[:-2]] == [
+        ("calibration", "double", 4),
+        ("calibration", "single", 4),
+        ("calibration", "outside", 4),
+        ("codes", "double", 1),
+        ("codes", "single", 1),
+        ("codes", "outside", 1),
+        ("reconstruction", "double", 1),
+        ("reconstruction", "single", 1),
+    ]
+    for row in rows:
+        assert row["error"] is None
+        assert row["planned_gb"] > 0
+        assert row["peak_gb"] is None
+        assert row["hours"] == pytest.approx(row["times"] * row["seconds"] / 3600)
+        assert row["seconds"] > (row["read_s"] or 0)
+        assert (row["step_s"] is None) == (row["part"] != "reconstruction")
+    *parts, plain, trained = rows
+    assert trained["hours"] == pytest.approx(sum(row["hours"] for row in parts))
+    assert plain["hours"] == pytest.approx(sum(row["hours"] for row in parts[:6]))
+    assert settings["teacher_step_s"] == pytest.approx(sum(row["seconds"] for row in parts[:3]))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".parquet"]  # no pipeline stays
+
+
+def test_quantizing_that_does_not_fit_is_refused_with_the_figures(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitflux_core.benchmark.quantize.check_memory", _refuse)
+    assert bench.main(["quantize", "--tiny", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: 54.8 GB asked, 24 GB free\n"
+
+
+def test_what_is_quantized_is_the_shipped_recipe():
+    profile, recipe = load_profile("flux-dev"), quantize.FLUX_DEV
+    assert recipe.prompts == profile.quantize.calibration_prompts
+    assert recipe.states_a_prompt == parse_quantize([]).states_a_prompt
+    assert recipe.batch == profile.batch_size
+    sampling = Sampling(1024, 1024, recipe.sampler_steps, quantize.GUIDANCE, models.FLUX_DEV.text_tokens)
+    assert sampling == profile.sampling
+    assert models.FLUX_DEV.resolution == sampling.width
 
 
 def _refuse(*_):

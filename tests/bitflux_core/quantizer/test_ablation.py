@@ -10,6 +10,8 @@ from bitflux_core.accounting import size_report
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
+from bitflux_core.quantizer import ablation as ablation_module
+from bitflux_core.quantizer import quantize as quantize_module
 from bitflux_core.quantizer.ablation import VARIANTS, Ablation, TrainingBudget
 
 BUDGET = TrainingBudget(reconstruction_steps=2, distill_steps=4, batch=4, optimizer="factored")
@@ -93,6 +95,22 @@ def test_other_options_are_refused_in_the_same_folder(ablation, lively_dir, sett
         Ablation(
             lively_dir, ablation.directory, settings(distill_prompts=DISTILLED, seed=5), BUDGET, torch.device("cpu")
         )
+
+
+def test_blocks_of_other_arithmetic_are_not_mixed_into_one_table(ablation, lively_dir, settings, monkeypatch):
+    monkeypatch.setattr(ablation_module, "arithmetic_of", lambda _source: "torch.bfloat16 on cuda")
+    with pytest.raises(UserError, match=r"another recipe \(arithmetic: .* on cpu, not .* on cuda"):
+        Ablation(lively_dir, ablation.directory, settings(distill_prompts=DISTILLED), BUDGET, torch.device("cpu"))
+
+
+def test_too_little_memory_is_refused_before_any_work(lively_dir, settings, tmp_path, monkeypatch):
+    def check(required, _device):
+        raise UserError(f"{required} bytes")
+
+    monkeypatch.setattr(quantize_module, "check_memory", check)
+    with pytest.raises(UserError, match="bytes"):
+        Ablation(lively_dir, tmp_path / "work", settings(distill_prompts=DISTILLED), BUDGET, torch.device("cpu"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_other_prompts_or_another_training_are_refused_in_the_same_folder(ablation, lively_dir, settings, monkeypatch):

@@ -35,6 +35,24 @@ def batches(source, made):
     return list(made.calibration.inputs(source, made.states))
 
 
+def test_blocks_are_rounded_in_full_float32_whatever_was_trained_before(walk, monkeypatch):
+    seen, quantize_block = set(), block_walk._quantize_block
+
+    def watched(*arguments):
+        seen.add(torch.get_float32_matmul_precision())
+        return quantize_block(*arguments)
+
+    monkeypatch.setattr(block_walk, "_quantize_block", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as training leaves it
+    try:
+        walk(WalkSettings("least-squares"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest"}
+
+
 @torch.no_grad()
 def test_codes_answer_to_what_the_ternary_blocks_before_them_give(walk, source, teacher):
     made, work = walk(WalkSettings("compensated"))

@@ -14,7 +14,7 @@ from bitflux_core.distill_recipe import EndToEndSettings
 from bitflux_core.distill_training import EndToEnd
 from bitflux_core.errors import UserError
 from bitflux_core.layers import block_linears
-from bitflux_core.quantizer import block_walk, end_to_end
+from bitflux_core.quantizer import end_to_end
 from bitflux_core.quantizer import quantize as quantize_module
 from bitflux_core.quantizer.end_to_end import SCHEMA, split_prompts
 from bitflux_core.quantizer.quantize import LOG, quantize
@@ -162,7 +162,8 @@ def test_training_that_diverges_ends_in_one_line_and_begins_again_behind_the_sam
     with pytest.raises(UserError, match=r"end-to-end holds work .* \(latent_lr: 0.005, not 0.001\): .* remove"):
         quantize(lively_dir, tmp_path / "twin", gentler, CPU, ignore)
     shutil.rmtree(partial / "end-to-end")
-    monkeypatch.setattr(block_walk, "_quantize_block", lambda *_: pytest.fail("the blocks were there"))
+    for work in ("calibrate", "quantize_blocks"):
+        monkeypatch.setattr(quantize_module, work, lambda *_: pytest.fail("the blocks were there"))
     quantize(lively_dir, tmp_path / "twin", gentler, CPU, ignore)
     assert (tmp_path / "twin" / LOG).is_file()
 
