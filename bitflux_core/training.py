@@ -47,14 +47,16 @@ def deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Products of float32 in float32, whatever `use_fast_math` set before."""
-    before = torch.get_float32_matmul_precision()
+def plain_arithmetic() -> Iterator[None]:
+    """Products of float32 in float32 and attention without cuDNN, whatever was trained in this process before."""
+    precision, by_cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
 
 
 def start_process_group() -> tuple[int, int]:

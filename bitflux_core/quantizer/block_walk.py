@@ -21,7 +21,7 @@ from bitflux_core.quantizer.reconstruction import Reconstruction, Reconstruction
 from bitflux_core.quantizer.snr import Snr, measure
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.ternary import TernaryWeight, absmean, least_squares
-from bitflux_core.training import exact_float32
+from bitflux_core.training import plain_arithmetic
 from kernels.packing import pack_planes
 from kernels.reference import dequantize
 
@@ -76,7 +76,7 @@ class WalkSettings:
 
 
 @torch.no_grad()
-@exact_float32()  # rounding solves equations, and gives the same codes whether or not something was trained before
+@plain_arithmetic()
 def quantize_blocks(
     source: BlockSource,
     calibration: CalibrationSet | None,

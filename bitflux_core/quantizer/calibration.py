@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitflux_core.distill import Conditions, drawn_timesteps
 from bitflux_core.quantizer.blocks import BlockSource, Stream
+from bitflux_core.training import plain_arithmetic
 
 LOG_LINES = 5  # of a walk, at least
 
@@ -56,6 +57,7 @@ class Calibration:
         return [source.enter(**inputs) for inputs in self.inputs(source, states)]
 
     @torch.no_grad()
+    @plain_arithmetic()
     def trajectories(self, source: BlockSource, sigmas: Tensor, states_a_prompt: int, seed: int) -> States:
         """Walks every prompt from noise along the levels `sigmas` and keeps `states_a_prompt` random points of each.
 

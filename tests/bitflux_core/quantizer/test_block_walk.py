@@ -35,11 +35,11 @@ def batches(source, made):
     return list(made.calibration.inputs(source, made.states))
 
 
-def test_blocks_are_rounded_in_full_float32_whatever_was_trained_before(walk, monkeypatch):
+def test_blocks_are_rounded_by_the_same_arithmetic_whatever_was_trained_before(walk, monkeypatch):
     seen, quantize_block = set(), block_walk._quantize_block
 
     def watched(*arguments):
-        seen.add(torch.get_float32_matmul_precision())
+        seen.add((torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()))
         return quantize_block(*arguments)
 
     monkeypatch.setattr(block_walk, "_quantize_block", watched)
@@ -50,7 +50,7 @@ def test_blocks_are_rounded_in_full_float32_whatever_was_trained_before(walk, mo
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == {"highest"}
+    assert seen == {("highest", False)}
 
 
 @torch.no_grad()
