@@ -17,7 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from bitflux_core.accounting import SizeReport, size_report
-from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD, BitFluxConfig, as_loaded
+from bitflux_core.diffusers_plugin import FORMAT_VERSION, QUANT_METHOD, SHARD_SIZE, BitFluxConfig, as_loaded
 from bitflux_core.errors import UserError
 from bitflux_core.files import SINGLE_FILE, file_digest, fingerprint, read_json, weight_map
 from bitflux_core.layers import block_linears, correction_rank, empty_ternary_linears
@@ -39,8 +39,6 @@ __all__ = [
 ]
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-# A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
-SHARD_SIZE = "25MB"
 
 
 def save_ternary(

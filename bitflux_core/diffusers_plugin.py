@@ -4,8 +4,9 @@ Imported while diffusers' own quantizers are (bitflux_core/_diffusers_hook.py): 
 """
 
 import functools
+import os
 import tempfile
-import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,15 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import Tensor
+from torch import Tensor, nn
+
+from kernels.reference import Activations
 
 QUANT_METHOD = "bitflux"
 FORMAT_VERSION = 2
+# A file's pages stay in memory while it is open, so that loading FLUX.1-dev takes so much beside the model.
+SHARD_SIZE = "25MB"
 _SCALE = "scale"
-_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 
 
 class Method(StrEnum):
@@ -137,8 +141,28 @@ class BitFluxQuantizer(DiffusersQuantizer):
                 is_scale = part == _SCALE and isinstance(model.get_submodule(owner), TernaryLinear)
                 check_floats(name, tensor, is_scale=is_scale)
         self.quantization_config.files = None  # digests of these files, not of those that the model may be saved to
-        _equip(model)
+        equip(model)
         model.requires_grad_(False)
+
+    def _dequantize(self, model: Any) -> Any:
+        """`model` itself with nn.Linear of the same weights in its dtype, corrections included, frozen as it was.
+
+        It computes the same, but for the int8 rounding of activations, which plain layers do not know.
+        """
+        from diffusers.configuration_utils import FrozenDict
+
+        from bitflux_core.layers import block_linears
+        from bitflux_core.linear import TernaryLinear
+
+        dtype = model.dtype
+        for name, layer in block_linears(model).items():
+            if isinstance(layer, TernaryLinear):
+                model.set_submodule(name, _plain(layer, dtype))
+        for name in _METHODS:
+            delattr(model, name)
+        # Saved with it, the plain weights would be taken for a ternary checkpoint.
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
@@ -146,6 +170,11 @@ class BitFluxQuantizer(DiffusersQuantizer):
         from bitflux_core.checkpoint import stored_codes
 
         return stored_codes(state_dict, self.quantization_config.codes), {}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A process that unpickles a model has not loaded one, and pipelines there do not know of the refusal yet."""
+        self.__dict__.update(state)
+        _refuse_loras_of_pipelines()
 
     @property
     def is_serializable(self) -> bool:
@@ -166,20 +195,36 @@ def as_loaded(model: Any, config: BitFluxConfig) -> None:
     """Makes a ternary transformer what `from_pretrained` would give: it saves itself as a ternary checkpoint."""
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = BitFluxQuantizer(config, pre_quantized=True)
-    _equip(model)
+    equip(model)
 
 
-def _equip(model: Any) -> None:
-    model.load_lora_adapter = _refuse_lora
+def equip(model: Any) -> None:
+    """Replaces those methods of a ternary transformer that only full-precision weights can serve."""
+    for name, method in _METHODS.items():
+        setattr(model, name, functools.partial(method, model))  # can be pickled, unlike a bound function
     _refuse_loras_of_pipelines()
-    model.save_pretrained = types.MethodType(_save_with_card, model)
-    model.push_to_hub = types.MethodType(_push_with_card, model)
+
+
+def _plain(layer: Any, dtype: torch.dtype) -> nn.Linear:
+    """The nn.Linear of a TernaryLinear."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.dequantize().to(dtype))
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype))
+    return linear.requires_grad_(False).train(layer.training)
 
 
 def _refuse_lora(*_: Any, **__: Any) -> None:
     raise ValueError(
         "a LoRA cannot be added to ternary layers: PEFT has no adapter for packed weights. Fuse it into the "
         "full-precision model (pipeline.fuse_lora) and quantize that"
+    )
+
+
+def _refuse_qkv_fusion(*_: Any) -> None:
+    raise ValueError(
+        "fuse_qkv_projections cannot join ternary layers: it concatenates full-precision weights, and these are "
+        "packed. bitflux_core.fused.fuse(transformer) joins them, among others; or call transformer.dequantize() first"
     )
 
 
@@ -192,27 +237,65 @@ def _refuse_loras_of_pipelines() -> None:
 
     @functools.wraps(load)
     def load_or_refuse(pipeline: Any, *arguments: Any, **options: Any) -> Any:
-        if getattr(pipeline.transformer, "load_lora_adapter", None) is _refuse_lora:
+        if isinstance(getattr(pipeline.transformer, "hf_quantizer", None), BitFluxQuantizer):
             _refuse_lora()
         return load(pipeline, *arguments, **options)
 
     FluxLoraLoaderMixin.load_lora_weights = load_or_refuse
 
 
-def _save_with_card(model: Any, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
-    """diffusers' save_pretrained with shards of a bounded size, and with a model card."""
-    from bitflux_core.checkpoint import SHARD_SIZE
+def _save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    save_function: Callable | None = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    push_to_hub: bool = False,
+    use_flashpack: bool = False,
+    **kwargs: Any,
+) -> None:
+    """diffusers' save_pretrained with smaller files and a model card, where there is no README.md yet.
+
+    Pipelines read this signature for what they may pass on. ValueError if the layers differ in their activations.
+    """
     from bitflux_core.model_card import write_card
 
-    hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-    options.setdefault("max_shard_size", SHARD_SIZE)
-    type(model).save_pretrained(model, save_directory, **options)
-    write_card(model, Path(save_directory), model.hf_quantizer.quantization_config.to_dict())
+    how = model.hf_quantizer.quantization_config
+    how.activations = activations_of(model)
+    model.register_to_config(quantization_config=how)  # anew: diffusers puts a dictionary there when it saves
+    type(model).save_pretrained(
+        model,
+        save_directory,
+        is_main_process=is_main_process,
+        save_function=save_function,
+        safe_serialization=safe_serialization,
+        variant=variant,
+        max_shard_size=max_shard_size,
+        use_flashpack=use_flashpack,
+    )
+    folder = Path(save_directory)
+    if not is_main_process or not folder.is_dir():  # diffusers logs that the name is a file's
+        return
+    if not (folder / "README.md").exists():
+        write_card(model, folder, how.to_dict())
     if push_to_hub:
-        _upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **hub})
+        _upload(folder, **{"repo_id": folder.name, **kwargs})
 
 
-def _push_with_card(
+def activations_of(model: Any) -> Activations:
+    """Those of all its ternary layers, as they are set now. ValueError if they differ."""
+    from bitflux_core.layers import block_linears
+    from bitflux_core.linear import TernaryLinear
+
+    kinds = {layer.activations for layer in block_linears(model).values() if isinstance(layer, TernaryLinear)}
+    if len(kinds) != 1:
+        raise ValueError(f"the layers' activations differ ({', '.join(sorted(kinds))}): set one for all of them")
+    return kinds.pop()
+
+
+def _push_to_hub(
     model: Any,
     repo_id: str,
     commit_message: str | None = None,
@@ -225,7 +308,7 @@ def _push_with_card(
 ) -> str:
     """diffusers' push_to_hub, but it would write its blank card over ours."""
     with tempfile.TemporaryDirectory() as folder:
-        _save_with_card(model, folder, safe_serialization=safe_serialization, variant=variant)
+        _save_pretrained(model, folder, safe_serialization=safe_serialization, variant=variant)
         return _upload(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
 
 
@@ -248,3 +331,12 @@ def _upload(
         commit_message=commit_message or "Upload a ternary FLUX transformer",
         create_pr=create_pr,
     )
+
+
+# By name, and with the model as their first argument.
+_METHODS: dict[str, Callable] = {
+    "save_pretrained": _save_pretrained,
+    "push_to_hub": _push_to_hub,
+    "load_lora_adapter": _refuse_lora,
+    "fuse_qkv_projections": _refuse_qkv_fusion,
+}

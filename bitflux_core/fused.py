@@ -11,7 +11,8 @@ Legend: B images, T text tokens, S image tokens, D width, M tokens of all images
 R rank of a correction.
 """
 
-from typing import ClassVar, NamedTuple, Protocol, Self
+import copy
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -20,6 +21,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitflux_core.diffusers_plugin import activations_of, equip
 from bitflux_core.graphs import Graphs
 from bitflux_core.layers import block_linears
 from bitflux_core.linear import TernaryLinear
@@ -150,15 +152,12 @@ def fuse(transformer: FluxTransformer2DModel, graphs: bool = False) -> "FusedFlu
     With `graphs` it runs as CUDA graphs on a GPU. Call it when the model is on its device. ValueError if a block linear
     is not ternary, or if the layers differ in their activations.
     """
-    linears = block_linears(transformer).values()
-    layers = [layer for layer in linears if isinstance(layer, TernaryLinear)]
-    if len(layers) < len(linears):
+    if not all(isinstance(layer, TernaryLinear) for layer in block_linears(transformer).values()):
         raise ValueError("only a transformer whose block linears are all ternary can be fused")
-    kinds = {layer.activations for layer in layers}
-    if len(kinds) != 1:
-        raise ValueError(f"the layers' activations differ ({', '.join(sorted(kinds))}): set one for all of them")
-    arithmetic = ARITHMETIC[kinds.pop()]
+    arithmetic = ARITHMETIC[activations_of(transformer)]
     fused = _as(FusedFluxTransformer2DModel, transformer)
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        equip(fused)  # what it took over are methods of `transformer`
     fused.arithmetic = arithmetic
     fused.runs_graphs = graphs
     for blocks, kind in (
@@ -375,6 +374,26 @@ class FusedFluxTransformer2DModel(FluxTransformer2DModel):
         super()._apply(fn, recurse)
         self.stack_weights()
         return self
+
+    def dequantize(self) -> NoReturn:
+        """ValueError: its blocks would go on reading the stacks."""
+        raise ValueError("a fused transformer cannot be dequantized: load it again and call dequantize() before fuse()")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """TypeError: every layer would be written with the whole stack that it is a view of."""
+        raise TypeError(
+            "a fused transformer cannot be pickled: pickle the one that fuse() takes, or call save_pretrained(), and "
+            "fuse what is loaded"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Its own stacks, and no CUDA graphs yet."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        state = {name: value for name, value in vars(self).items() if name != "_graphs"}
+        made.__dict__.update(copy.deepcopy(state, memo))
+        made._graphs = Graphs(made._predict)
+        return made
 
 
 # By these diffusers writes into config.json and model_index.json what to load again: that is the plain model.

@@ -1,9 +1,15 @@
 import copy
+import gc
+import json
+import pickle
+import threading
+import weakref
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from bitflux_core.checkpoint import load_ternary
 from bitflux_core.convert import quantize_transformer
 from bitflux_core.fused import fuse
 from bitflux_core.layers import block_linears
@@ -139,3 +145,61 @@ def test_attention_arguments_are_refused(ternary):
     model = fuse(prepared(ternary, "native", torch.float32))
     with pytest.raises(ValueError, match="ip_adapter_image_embeds"):
         model(**inputs(torch.float32), joint_attention_kwargs={"ip_adapter_image_embeds": []})
+
+
+@pytest.mark.parametrize("pickled", [pickle.dumps, lambda model: torch.save(model, "/dev/null")])
+def test_pickling_is_refused_with_the_remedy(ternary, pickled):
+    model = fuse(prepared(ternary, "native", torch.float32))
+    with pytest.raises(TypeError, match=r"cannot be pickled: pickle the one that fuse\(\) takes"):
+        pickled(model)
+
+
+def test_a_deep_copy_has_stacks_of_its_own(ternary):
+    model = fuse(prepared(ternary, "native", torch.float32))
+    (expected,) = model(**inputs(torch.float32))
+    other = copy.deepcopy(model)
+    layer, stack = other.single_transformer_blocks[1].attn.to_v, other.single_transformer_blocks[1].qkv
+    assert layer.packed.untyped_storage().data_ptr() == stack.packed_NJ.untyped_storage().data_ptr()
+    assert torch.equal(other(**inputs(torch.float32))[0], expected)
+    for buffer in other.buffers():
+        buffer.zero_()
+    assert not torch.equal(other(**inputs(torch.float32))[0], expected)
+    assert torch.equal(model(**inputs(torch.float32))[0], expected)
+
+
+def test_a_deep_copy_makes_cuda_graphs_of_itself(ternary):
+    model = fuse(prepared(ternary, "native", torch.float32))
+    model._graphs._graphs["a shape"] = threading.Lock()  # like a captured graph, it cannot be copied
+    other = copy.deepcopy(model)
+    assert not other._graphs._graphs
+    assert other._graphs._function.__self__ is other
+
+
+def test_a_deep_copy_saves_itself(ternary_dir, tmp_path):
+    model = fuse(load_ternary(ternary_dir, dtype=torch.float32, device="cpu"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.x_embedder.weight.add_(1)
+    other.register_to_config(_name_or_path="the copy")
+    other.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_name_or_path"] == "the copy"
+    saved = load_ternary(tmp_path, dtype=torch.float32, device="cpu")
+    assert torch.equal(saved.x_embedder.weight, other.x_embedder.weight)
+    assert not torch.equal(saved.x_embedder.weight, model.x_embedder.weight)
+
+
+def test_dequantizing_is_refused_with_the_remedy(ternary_dir):
+    model = fuse(load_ternary(ternary_dir, dtype=torch.float32, device="cpu"))
+    with pytest.raises(ValueError, match=r"load it again and call dequantize\(\) before fuse\(\)"):
+        model.dequantize()
+
+
+def test_fused_it_does_not_keep_the_transformer_that_it_took_over(ternary_dir, tmp_path):
+    transformer = load_ternary(ternary_dir, dtype=torch.float32, device="cpu")
+    reference = weakref.ref(transformer)
+    model = fuse(transformer)
+    del transformer
+    gc.collect()
+    assert reference() is None
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").exists()
