@@ -19,13 +19,14 @@ from torch import Tensor
 from bitflux_core.errors import UserError
 from bitflux_core.low_rank import LowRank, best_low_rank
 from bitflux_core.ternary import TernaryWeight, least_squares
+from kernels.columns import LIMIT, descend_columns, round_columns
 
 DAMPING = 0.001  # of the mean variance, added to every input's: few samples must not decide where they say nothing
 MOST_DAMPINGS = 14  # ten times more each: the last outweighs any covariance that is finite
 SCALE_FACTORS = (0.85, 1.0, 1.15)  # of the least-squares scale, to round with; each row keeps the best
 MOST_ROUNDS = 10
 CORRECTION_TURNS = 4  # of codes and correction: on the mini FLUX 1.4 dB more than one, and so many times the work
-COLUMNS = 128  # rounded before their error is carried to all others in one matrix product
+COLUMNS = LIMIT  # rounded before their error is carried to all others in one matrix product
 SMALLEST = 1e-12
 
 
@@ -104,7 +105,7 @@ class Compensator:
         """Codes [N, K] as floats, columns in `order_K`, and scales [N]: the best of all starting scales, row by row."""
         base_N = least_squares(target_NK).scale_N.clamp(min=SMALLEST)
         tries, rows = len(SCALE_FACTORS), len(base_N)
-        # All tries as rows of one matrix: a column of it is a few small kernels, whatever its height.
+        # All tries as rows of one matrix: so many columns after each other, whatever its height.
         targets_TK = target_NK.repeat(tries, 1)
         codes_TK = self._round(targets_TK, torch.cat([factor * base_N for factor in SCALE_FACTORS]))
         codes_TK, scale_T = self._descend(targets_TK, codes_TK)
@@ -119,14 +120,8 @@ class Compensator:
         width = target_NK.shape[1]
         for start in range(0, width, COLUMNS):
             stop = min(start + COLUMNS, width)
-            block = rest_NK[:, start:stop]
-            error_NB = torch.empty_like(block)
-            for column in range(stop - start):
-                factor_B = self.inverse_factor_KK[start + column, start + column : stop]
-                code_N = (block[:, column] / scale_N).round().clamp(-1, 1)
-                codes_NK[:, start + column] = code_N
-                error_NB[:, column] = (block[:, column] - code_N * scale_N) / factor_B[0]
-                block[:, column:].addr_(error_NB[:, column], factor_B, alpha=-1)
+            factor_BB = self.inverse_factor_KK[start:stop, start:stop]
+            error_NB = round_columns(rest_NK[:, start:stop], scale_N, factor_BB, codes_NK[:, start:stop])
             rest_NK[:, stop:].addmm_(error_NB, self.inverse_factor_KK[start:stop, stop:], alpha=-1)
         return codes_NK
 
@@ -140,14 +135,8 @@ class Compensator:
             moved = torch.zeros((), dtype=torch.bool, device=target_NK.device)
             for start in range(0, width, COLUMNS):
                 stop = min(start + COLUMNS, width)
-                block, step_NB = slope_NK[:, start:stop], torch.empty_like(slope_NK[:, start:stop])
-                for column in range(stop - start):
-                    place = start + column
-                    curvature_N = scale_N * self.covariance_KK[place, place]
-                    code_N = (codes_NK[:, place] + block[:, column] / curvature_N).round().clamp(-1, 1)
-                    step_NB[:, column] = (code_N - codes_NK[:, place]) * scale_N
-                    codes_NK[:, place] = code_N
-                    block.addr_(step_NB[:, column], self.covariance_KK[place, start:stop], alpha=-1)
+                covariance_BB = self.covariance_KK[start:stop, start:stop]
+                step_NB = descend_columns(slope_NK[:, start:stop], scale_N, covariance_BB, codes_NK[:, start:stop])
                 slope_NK[:, stop:].addmm_(step_NB, self.covariance_KK[start:stop, stop:], alpha=-1)
                 moved |= step_NB.any()
             scale_N = self._best_scale(target_NK, codes_NK)

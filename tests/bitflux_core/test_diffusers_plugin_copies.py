@@ -72,6 +72,7 @@ def test_a_copy_is_a_ternary_transformer_of_its_own(ternary_dir, tmp_path, load,
         other.load_lora_adapter({})
 
 
+@pytest.mark.slow
 def test_a_process_that_unpickles_one_refuses_loras_of_pipelines(ternary_dir, pipeline_dir, tmp_path):
     model = FluxTransformer2DModel.from_pretrained(ternary_dir)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))

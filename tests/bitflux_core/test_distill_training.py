@@ -269,6 +269,7 @@ def test_a_captured_step_is_forgotten_where_the_phase_changes(train):
     assert Captured.used == [(step, step >= 4) for step in range(6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["factored", "adam"])
 def test_dampening_grows_until_latents_settle(train, optimizer):
     how = {"steps": 80, "int8_steps": 0, "interval": 40, "batch": 4, "optimizer": optimizer, "latent_lr": 2e-2}

@@ -48,6 +48,7 @@ def test_a_blocks_time_lasts_until_the_next_is_asked_for(pipeline_dir, monkeypat
     assert [span.kind for span in spans] == ["outside", "double", "single", "outside"]
 
 
+@pytest.mark.slow
 def test_a_training_is_timed_by_its_steps(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(quantize, "_now", lambda _device: clock[0])

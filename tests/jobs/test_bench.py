@@ -223,6 +223,7 @@ def test_scaling_draws_through_the_scheduler(tmp_path):
     assert document["settings"]["tiny"]
 
 
+@pytest.mark.slow
 def test_what_scoring_costs_beside_drawing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluators.benchmark.CALLS", 1)
     assert bench.main(["evaluators", "--tiny", "--drawing", "0.5", "--output", str(tmp_path)]) == 0

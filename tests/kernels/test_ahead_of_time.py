@@ -152,6 +152,18 @@ def factored(name: str) -> Kernel:
     return Kernel("_factored_kernels", name, signature, constants)
 
 
+def columns(descend: bool) -> Kernel:
+    matrix, block = ("covariance", "slope") if descend else ("factor", "rest")
+    made = "step" if descend else "error"
+    signature = dict.fromkeys([f"{name}_ptr" for name in (block, "scale", matrix, "codes", made)], "*fp32")
+    signature |= dict.fromkeys([f"{name}_stride" for name in (block, matrix, "codes")], "i32") | {
+        "N": "i32",
+        "B": "i32",
+    }
+    name = "_descend_kernel" if descend else "_round_kernel"
+    return Kernel("_column_kernels", name, signature, {"ROWS": 16, "COLUMNS": 128})
+
+
 ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "int8": lambda capability: product("int8", 4608, capability),
     "int8, 100 tokens": lambda capability: product("int8", 100, capability),
@@ -177,6 +189,8 @@ ANYWHERE: dict[str, Callable[[int], Kernel]] = {
     "factored step, sums of squares": lambda _: factored("_square_sums_kernel"),
     "factored step, size of the update": lambda _: factored("_update_square_sum_kernel"),
     "factored step": lambda _: factored("_step_kernel"),
+    "columns, rounded": lambda _: columns(False),
+    "columns, descent": lambda _: columns(True),
 }
 HOPPER: dict[str, Callable[[int], Kernel]] = {
     "hopper int8": lambda _: hopper("int8", 256, 128, 64, 8, 4),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import kernels
 
 PACKAGE = Path(kernels.__file__).parent
@@ -33,6 +35,7 @@ def test_libraries_treat_their_kernels_as_absent():
     assert not diffusers.utils.is_kernels_available()
 
 
+@pytest.mark.slow
 def test_libraries_treat_their_kernels_as_absent_where_bitflux_is_only_on_the_path(tmp_path):
     """A job's working directory is the only trace of BitFlux, and no installed metadata names its version."""
     hide = f"""

@@ -1,5 +1,6 @@
 """What the text encoder is taught about a prompt's nouns."""
 
+import pytest
 import torch
 
 from bitflux_core.mini.compositions import benchmark_prompts
@@ -58,6 +59,7 @@ def test_numbers_are_counted_by_noun():
     assert labels_at_nouns(spec)["number"] == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_little_training_teaches_colors_better_than_chance():
     tokenizer = build_tokenizer(start=False)
     torch.manual_seed(0)

@@ -66,6 +66,7 @@ def test_every_question_is_known_word_by_word():
     assert chunks <= set(all_phrases())
 
 
+@pytest.mark.slow
 def test_a_little_training_moves_the_answers_to_yes_and_no():
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
