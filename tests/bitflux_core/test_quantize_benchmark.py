@@ -69,6 +69,7 @@ def test_a_training_is_timed_by_its_steps(tmp_path, monkeypatch):
         assert row.seconds == 100 + 3 * 5 + 3 * 7 + TINY.reconstruction_steps * 2
 
 
+@pytest.mark.slow
 def test_the_measured_block_has_states_of_its_own_behind_a_ternary_one(tmp_path, monkeypatch):
     seen = []
 

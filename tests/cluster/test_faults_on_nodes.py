@@ -106,6 +106,7 @@ def test_a_node_that_dies_takes_no_row_with_it(plan, store, tmp_path, nodes, und
     assert by_id(rows) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_gets_a_replica(plan, store, tmp_path, nodes, undisturbed):
     nodes()
     with meanwhile(lambda: len(draws(tmp_path)) > 2, nodes):

@@ -56,6 +56,7 @@ def test_the_checkpoint_holds_the_trained_codes_and_the_log(trained, settings, l
     assert not (tmp_path / "twin.partial").exists()
 
 
+@pytest.mark.slow
 def test_corrections_train_along_and_are_saved(trained, settings, lively_dir, tmp_path):
     quantize(lively_dir, tmp_path / "start", settings(low_rank=4), CPU, ignore)
     made = quantize(lively_dir, tmp_path / "twin", trained(low_rank=4, other_lr=1e-2), CPU, ignore)
@@ -206,6 +207,7 @@ def test_images_asked_for_when_training_has_ended_are_of_its_end(trained, lively
     assert [path.name for path in (tmp_path / "twin" / "images").iterdir()] == ["step-00000006.png"]
 
 
+@pytest.mark.slow
 def test_an_image_lost_between_checkpoint_and_drawing_is_drawn_by_the_next_run(
     trained, lively_dir, tmp_path, monkeypatch
 ):
