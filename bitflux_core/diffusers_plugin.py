@@ -324,9 +324,12 @@ def _upload(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+    card = "README.md" if subfolder is None else f"{subfolder}/README.md"
     return api.upload_folder(
-        repo_id=api.create_repo(repo_id, exist_ok=True, private=private).repo_id,
+        repo_id=repo_id,
         folder_path=folder,
+        ignore_patterns=["README.md"] if api.file_exists(repo_id, card) else None,  # somebody may have written it
         path_in_repo=subfolder,
         commit_message=commit_message or "Upload a ternary FLUX transformer",
         create_pr=create_pr,

@@ -47,16 +47,25 @@ def deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """Products of float32 in float32 and attention without cuDNN, whatever was trained in this process before."""
+def arithmetic_restored() -> Iterator[None]:
+    """Ends what `use_fast_math` begins inside."""
     precision, by_cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    convolutions = torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextlib.contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Products of float32 in float32 and attention without cuDNN, whatever the process does otherwise."""
+    with arithmetic_restored():
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
 
 
 def start_process_group() -> tuple[int, int]:

@@ -144,7 +144,9 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def fill(args: argparse.Namespace, profile: Profile) -> None:
-    """Takes from the profile what the command line leaves open."""
+    """Takes from the profile what the command line leaves open; of the batch an image for each GPU at least."""
+    if args.distill_batch is None:
+        args.distill_batch = max(profile.quantize.distill_batch or profile.batch_size, args.distill_gpus)
     for name, value in profile.quantize:
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -219,7 +221,7 @@ def training_of(profile: Profile, args: argparse.Namespace) -> "EndToEndSettings
     int8_steps = args.distill_steps // 4 if args.distill_int8_steps is None else args.distill_int8_steps
     if int8_steps > args.distill_steps:
         raise UserError(f"--distill-int8-steps {int8_steps} of --distill-steps {args.distill_steps}: give fewer")
-    batch = args.distill_batch or profile.batch_size
+    batch = args.distill_batch
     return EndToEndSettings(
         steps=args.distill_steps,
         int8_steps=int8_steps,

@@ -87,8 +87,9 @@ def _descend_kernel(
 
 @triton.jit
 def _code(x):
-    """-0.5 and 0.5 become 0, as torch rounds them."""
-    return tl.where(tl.abs(x) > 0.5, tl.where(x > 0, 1.0, -1.0), 0.0)
+    """-0.5 and 0.5 become 0, as torch rounds them, and what is no number stays so."""
+    code = tl.where(tl.abs(x) > 0.5, tl.where(x > 0, 1.0, -1.0), 0.0)
+    return tl.where(x == x, code, x)
 
 
 def round_columns(rest_NB: Tensor, scale_N: Tensor, factor_BB: Tensor, codes_NB: Tensor) -> Tensor:
@@ -101,8 +102,8 @@ def descend_columns(slope_NB: Tensor, scale_N: Tensor, covariance_BB: Tensor, co
 
 def _launched(kernel, block_NB: Tensor, scale_N: Tensor, matrix_BB: Tensor, codes_NB: Tensor) -> Tensor:
     rows, columns = block_NB.shape
-    for tensor in (block_NB, matrix_BB, codes_NB):
-        assert tensor.stride(1) == 1, "columns lie side by side"
+    if not block_NB.stride(1) == matrix_BB.stride(1) == codes_NB.stride(1) == 1:
+        raise ValueError("the kernels take matrices whose columns lie side by side")
     made_NB = torch.empty(rows, columns, device=block_NB.device)
     kernel[(triton.cdiv(rows, _ROWS),)](
         block_NB, scale_N.contiguous(), matrix_BB, codes_NB, made_NB, block_NB.stride(0), matrix_BB.stride(0),

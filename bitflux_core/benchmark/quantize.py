@@ -33,6 +33,7 @@ from bitflux_core.quantizer.reconstruction import ReconstructionSettings, recons
 from bitflux_core.quantizer.work import WorkFolder
 from bitflux_core.samples import PIXELS_PER_TOKEN
 from bitflux_core.ternary import TernaryWeight
+from bitflux_core.training import plain_arithmetic
 from kernels.packing import unpack_planes
 
 DOUBLE, SINGLE, OUTSIDE = "double", "single", "outside"
@@ -256,6 +257,7 @@ class _Work:
         return {kind: _columns(counted, kind, 1) for kind in WRITTEN}
 
     @torch.no_grad()
+    @plain_arithmetic()
     def reconstruct(self) -> dict[str, dict[str, Any]]:
         """Each kind of block's columns where it is trained, from rounded codes: they cost nothing."""
         first, *measured = self.source.names

@@ -168,4 +168,4 @@ def _damped_factors(covariance_KK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         raise ArithmeticError("no damping makes the covariance of a layer's inputs positive definite")
     inverse_factor_KK = torch.linalg.cholesky(torch.cholesky_inverse(factor_KK), upper=True)
-    return damped_KK, factor_KK.float(), inverse_factor_KK.float()
+    return damped_KK, factor_KK.float(), inverse_factor_KK.float().contiguous()  # an upper factor comes by columns

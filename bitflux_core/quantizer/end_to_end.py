@@ -29,6 +29,7 @@ from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding
 from bitflux_core.loading import load_transformer
 from bitflux_core.samples import Sampling
+from bitflux_core.training import arithmetic_restored
 
 GRAPH_BELOW = 1e9  # parameters: kernels of smaller models take less time than Python takes to launch them
 IMAGES = "images"
@@ -86,6 +87,7 @@ class EndToEndTask:
     def prepared(self) -> bool:
         return (self._start / "config.json").is_file() and self._conditions.is_file()
 
+    @arithmetic_restored()
     def run(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
         """Trains to the end, from the last checkpoint. With `mesh` every rank calls it.
 
@@ -139,7 +141,8 @@ class EndToEndTask:
             raise UserError(f"AdamW trains on one GPU, not on {self.gpus}: take the factored optimizer")
         if self.settings.batch % self.gpus:
             raise UserError(
-                f"batches of {self.settings.batch} images on {self.gpus} GPUs: take a multiple of {self.gpus}"
+                f"batches of {self.settings.batch} images on {self.gpus} GPUs: "
+                f"take a multiple of {self.gpus} (--distill-batch)"
             )
         empty = empty_transformer(self._config())
         plan = memory_plan(

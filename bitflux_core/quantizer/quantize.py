@@ -32,6 +32,7 @@ from kernels.packing import Codes
 
 TABLE, PLOT = "snr.parquet", "snr.svg"
 LOG = "distill.parquet"
+REVISION = 2  # of the arithmetic by which states and codes are found: more where other codes come of it
 ARITHMETIC = "arithmetic"  # in the work's recipe: with another one the same settings give other codes
 ENCODE_BATCH = 32
 CONDITIONS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")  # they decide the states
@@ -89,8 +90,7 @@ def quantize(
     little GPU memory.
     """
     written = check_output(output)
-    if output.is_symlink():
-        output = output.resolve()  # a folder is put in place of another folder, not of a link to one
+    output = _unlinked(output)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
     check_rank(source.empty, settings.low_rank)  # before there is a folder of work
@@ -133,6 +133,9 @@ def quantize(
         how = WalkSettings(settings.init, reconstruction, low_rank=settings.low_rank)
         quantize_blocks(source, calibration, how, work, report)
         del calibration  # its part of the GPU
+    else:
+        for name in source.names:
+            report(name, work.load(name)[1])
 
     transformer = collect(source, work)
     rows = [row for name in source.names for row in work.load(name)[1]]
@@ -177,7 +180,7 @@ def check_blocks_fit(source: BlockSource, settings: QuantizeSettings) -> None:
 
 def arithmetic_of(source: BlockSource) -> str:
     """What decides the codes beside the recipe."""
-    return f"{source.dtype} on {source.device.type}"
+    return f"{source.dtype} on {source.device.type}, revision {REVISION}"
 
 
 def check_output(output: Path) -> bool:
@@ -185,8 +188,7 @@ def check_output(output: Path) -> bool:
 
     UserError for a place that is in use otherwise, and for one that no folder can be put in place of.
     """
-    if output.is_symlink():
-        output = output.resolve()
+    output = _unlinked(output)
     if output.absolute().is_mount():
         raise UserError(f"{output} is a mount point: name a folder in it")
     try:
@@ -291,6 +293,14 @@ def collect(source: BlockSource, work: WorkFolder) -> FluxTransformer2DModel:
 
 def _partial(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
+
+
+def _unlinked(output: Path) -> Path:
+    """Where a link leads: a folder is put in place of another folder, not of a link to one. UserError for a circle."""
+    try:
+        return output.resolve() if output.is_symlink() else output
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{output} is a link that leads nowhere: name another folder") from error
 
 
 def _header(output: Path) -> dict:

@@ -113,6 +113,9 @@ def hub(monkeypatch):
             seen["name"] = name
             return type("Repository", (), {"repo_id": f"me/{name}"})
 
+        def file_exists(self, repo_id, name):
+            return (repo_id, name) == seen.get("there")
+
         def upload_folder(self, repo_id, folder_path, **options):
             folder = Path(folder_path)
             seen.update(repo_id=repo_id, files=sorted(path.name for path in folder.iterdir()), **options)
@@ -139,6 +142,16 @@ def test_push_to_hub_uploads_our_card_not_a_blank_one(ternary_dir, hub):
     assert (hub["commit_message"], hub["path_in_repo"]) == ("Better codes", "transformer")
     assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} == set(hub["files"])
     assert "# Ternary FLUX transformer" in hub["card"]
+
+
+@pytest.mark.parametrize("subfolder", [None, "transformer"])
+def test_a_card_that_is_on_the_hub_already_is_left_alone(ternary_dir, hub, subfolder):
+    loaded = FluxTransformer2DModel.from_pretrained(ternary_dir)
+    loaded.push_to_hub("twin", subfolder=subfolder)
+    assert hub["ignore_patterns"] is None
+    hub["there"] = ("me/twin", "README.md" if subfolder is None else "transformer/README.md")
+    loaded.push_to_hub("twin", subfolder=subfolder)
+    assert hub["ignore_patterns"] == ["README.md"]
 
 
 def test_another_format_is_named(copy):

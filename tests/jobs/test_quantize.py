@@ -126,6 +126,18 @@ def test_flux_dev_is_trained_as_the_recipe_says():
     profile, args = load_profile("flux-dev"), quantize.parse(["--profile", "flux-dev"])
     quantize.fill(args, profile)
     assert quantize.training_of(profile, args) == RECIPE
+    several = quantize.parse(["--profile", "flux-dev", "--distill-gpus", "4"])
+    quantize.fill(several, profile)
+    assert quantize.training_of(profile, several).batch == 4
+
+
+def test_links_in_a_circle_are_refused(models, profile, tmp_path, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert quantize.main(["--profile", profile, "--init", "absmean", "--output", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert "a is a link that leads nowhere" in error
+    assert error.count("\n") == 1
 
 
 def test_a_profile_without_a_place_for_the_twin(models, make_profile, capsys):

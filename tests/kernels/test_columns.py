@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bitflux_core.quantizer import compensation
+from bitflux_core.quantizer.compensation import Compensator, InputMoments
 from kernels import _column_kernels, columns
 from kernels.columns import LIMIT
 
@@ -83,6 +85,40 @@ def test_halves_become_zero_as_torch_rounds_them(implementation, device):
     codes = torch.empty(1, 3, device=device)
     implementation.round_columns(rest, torch.ones(1, device=device), torch.eye(3, device=device), codes)
     assert codes.tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_what_is_no_number_does_not_become_a_code(implementation, device):
+    rest = torch.tensor([[torch.nan, 1.0]], device=device)
+    codes = torch.empty(1, 2, device=device)
+    implementation.round_columns(rest, torch.ones(1, device=device), torch.eye(2, device=device), codes)
+    assert codes[0, 0].isnan()
+
+
+def test_a_layers_codes_are_those_of_plain_torch(device, monkeypatch):
+    """Two blocks of columns, the second one narrower, and the covariances as they come."""
+    width = LIMIT + 7
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    weight = torch.randn(6, width, generator=generator)
+
+    def quantized(where):
+        moments = InputMoments(width, where)
+        moments.add(inputs.to(where), (inputs + 0.1).to(where))
+        return Compensator(moments).quantize(weight.to(where))[0]
+
+    expected = quantized(torch.device("cpu"))
+    for name in ("round_columns", "descend_columns"):
+        monkeypatch.setattr(compensation, name, getattr(_column_kernels, name))
+    actual = quantized(device)
+    assert (actual.codes_NK.cpu() == expected.codes_NK).float().mean() > 0.999
+    torch.testing.assert_close(actual.scale_N.cpu(), expected.scale_N, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["round_columns", "descend_columns"])
+def test_matrices_that_lie_by_columns_are_refused(name, device):
+    block, square = torch.zeros(2, 4, device=device), torch.ones(4, 4, device=device).T
+    with pytest.raises(ValueError, match="columns lie side by side"):
+        getattr(_column_kernels, name)(block, torch.ones(2, device=device), square, block.clone())
 
 
 @pytest.mark.parametrize("function", [columns.round_columns, columns.descend_columns])

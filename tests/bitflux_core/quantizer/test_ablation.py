@@ -99,7 +99,7 @@ def test_other_options_are_refused_in_the_same_folder(ablation, lively_dir, sett
 
 def test_blocks_of_other_arithmetic_are_not_mixed_into_one_table(ablation, lively_dir, settings, monkeypatch):
     monkeypatch.setattr(ablation_module, "arithmetic_of", lambda _source: "torch.bfloat16 on cuda")
-    with pytest.raises(UserError, match=r"another recipe \(arithmetic: .* on cpu, not .* on cuda"):
+    with pytest.raises(UserError, match=r"another recipe \(arithmetic: .* on cpu, .*, not .* on cuda"):
         Ablation(lively_dir, ablation.directory, settings(distill_prompts=DISTILLED), BUDGET, torch.device("cpu"))
 
 
