@@ -1,10 +1,12 @@
 """A FLUX pipeline small enough to build, save and run in a test: one double and one single block of width 32."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from bitflux_core.checkpoint import save_ternary
 from bitflux_core.convert import quantize_transformer
@@ -69,3 +71,18 @@ def ternary_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("ternary")
     save_ternary(transformer, directory, {"source": "a test"}, method="least_squares", max_shard_size="40KB")
     return directory
+
+
+@pytest.fixture(scope="session")
+def lively_dir(pipeline_dir, tmp_path_factory) -> Path:
+    """The tiny pipeline with larger adaLN weights: fresh ones leave the velocity almost zero."""
+    folder = tmp_path_factory.mktemp("lively") / "flux"
+    shutil.copytree(pipeline_dir, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
+    save_file(tensors, file, {"format": "pt"})
+    return folder

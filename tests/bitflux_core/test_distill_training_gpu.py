@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import functools
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitflux_core.convert import quantize_transformer
@@ -93,20 +92,6 @@ def kill_at(step: int, training: Callable[[], object]) -> None:
         patch.setattr(EndToEnd, "train_step", die)
         with pytest.raises(KeyboardInterrupt):
             training()
-
-
-@pytest.fixture(scope="module")
-def lively_dir(pipeline_dir, tmp_path_factory) -> Path:
-    """The tiny pipeline with larger adaLN weights: fresh ones leave the velocity almost zero."""
-    folder = tmp_path_factory.mktemp("lively") / "flux"
-    shutil.copytree(pipeline_dir, folder)
-    tensors = load_file(folder / "transformer" / WEIGHTS)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
-    save_file(tensors, folder / "transformer" / WEIGHTS, {"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
