@@ -9,6 +9,8 @@ Legend: N rows, B columns of a block, which lie in wider matrices. On CUDA a Tri
 import torch
 from torch import Tensor
 
+from kernels.training import codes_of
+
 LIMIT = 128  # columns of a block
 
 
@@ -24,7 +26,7 @@ def round_columns(rest_NB: Tensor, scale_N: Tensor, factor_BB: Tensor, codes_NB:
     error_NB = torch.empty_like(rest_NB)
     for column in range(rest_NB.shape[1]):
         factor_B = factor_BB[column, column:]
-        code_N = _code(rest_NB[:, column] / scale_N)
+        code_N = codes_of(rest_NB[:, column] / scale_N)
         codes_NB[:, column] = code_N
         error_NB[:, column] = (rest_NB[:, column] - code_N * scale_N) / factor_B[0]
         rest_NB[:, column:].addr_(error_NB[:, column], factor_B, alpha=-1)
@@ -43,15 +45,11 @@ def descend_columns(slope_NB: Tensor, scale_N: Tensor, covariance_BB: Tensor, co
     step_NB = torch.empty_like(slope_NB)
     for column in range(slope_NB.shape[1]):
         curvature_N = scale_N * covariance_BB[column, column]
-        code_N = _code(codes_NB[:, column] + slope_NB[:, column] / curvature_N)
+        code_N = codes_of(codes_NB[:, column] + slope_NB[:, column] / curvature_N)
         step_NB[:, column] = (code_N - codes_NB[:, column]) * scale_N
         codes_NB[:, column] = code_N
         slope_NB.addr_(step_NB[:, column], covariance_BB[column], alpha=-1)
     return step_NB
-
-
-def _code(x: Tensor) -> Tensor:
-    return x.round().clamp_(-1, 1)
 
 
 def _check(block_NB: Tensor) -> None:

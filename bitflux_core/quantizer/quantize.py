@@ -125,7 +125,8 @@ def quantize(
         return load_ternary(output, dtype=dtype, device="cpu")
     if task:
         WorkFolder(task.directory, provenance["end_to_end"])
-    if not all(work.holds(name) for name in source.names):
+    walked = all(work.holds(name) for name in source.names)  # by a run before this one
+    if not walked:
         calibration = calibrate(source, pipeline_dir, settings, work) if settings.prompts else None
         reconstruction = None
         if settings.reconstruction_steps:
@@ -133,12 +134,14 @@ def quantize(
         how = WalkSettings(settings.init, reconstruction, low_rank=settings.low_rank)
         quantize_blocks(source, calibration, how, work, report)
         del calibration  # its part of the GPU
-    else:
-        for name in source.names:
-            report(name, work.load(name)[1])
 
     transformer = collect(source, work)
-    rows = [row for name in source.names for row in work.load(name)[1]]
+    rows = []
+    for name in source.names:
+        ratios = work.load(name)[1]
+        rows += ratios
+        if walked:
+            report(name, ratios)
     records: list[Record] = []
     if task and prompts:
         del source  # its part of the GPU

@@ -20,7 +20,7 @@ from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer import end_to_end
 from bitflux_core.quantizer.quantize import QuantizeSettings, encode, quantize
 from bitflux_core.samples import Sampling
-from bitflux_core.training import GRAPH_WARMUP
+from bitflux_core.training import GRAPH_WARMUP, arithmetic_restored
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,14 +62,10 @@ by_launches = pytest.mark.parametrize("graph", [False, True], ids=["single launc
 @contextlib.contextmanager
 def switches_of_a_new_process():
     """EndToEnd turns them for good, also for whatever the process quantizes next."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
+    with arithmetic_restored():
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(True)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cuda.enable_cudnn_sdp(before[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

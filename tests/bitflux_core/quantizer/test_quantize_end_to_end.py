@@ -165,7 +165,9 @@ def test_training_that_diverges_ends_in_one_line_and_begins_again_behind_the_sam
     shutil.rmtree(partial / "end-to-end")
     for work in ("calibrate", "quantize_blocks"):
         monkeypatch.setattr(quantize_module, work, lambda *_: pytest.fail("the blocks were there"))
-    quantize(lively_dir, tmp_path / "twin", gentler, CPU, ignore)
+    heard = []
+    quantize(lively_dir, tmp_path / "twin", gentler, CPU, lambda name, rows: heard.append((name, len(rows) > 1)))
+    assert heard == [("transformer_blocks.0", True), ("single_transformer_blocks.0", True)]
     assert (tmp_path / "twin" / LOG).is_file()
 
 
