@@ -48,6 +48,4 @@ class _Loader(Loader):
 
 
 def _register() -> None:
-    from bitflux_core.diffusers_plugin import register
-
-    register()
+    import bitflux_core.diffusers_plugin  # noqa: F401, adds itself to the tables

@@ -1,6 +1,7 @@
 """BitFlux as a quantizer of diffusers: `from_pretrained` loads ternary checkpoints, `save_pretrained` writes them.
 
 Imported while diffusers' own quantizers are (bitflux_core/_diffusers_hook.py): what needs its models is imported later.
+Importing it adds BitFlux to diffusers' tables of quantizers, as the last thing: it may be what imports diffusers.
 """
 
 import functools
@@ -185,12 +186,6 @@ class BitFluxQuantizer(DiffusersQuantizer):
         return False
 
 
-def register() -> None:
-    """Adds BitFlux to diffusers' tables of quantizers."""
-    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BitFluxQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BitFluxConfig
-
-
 def as_loaded(model: Any, config: BitFluxConfig) -> None:
     """Makes a ternary transformer what `from_pretrained` would give: it saves itself as a ternary checkpoint."""
     model.register_to_config(quantization_config=config)
@@ -343,3 +338,7 @@ _METHODS: dict[str, Callable] = {
     "load_lora_adapter": _refuse_lora,
     "fuse_qkv_projections": _refuse_qkv_fusion,
 }
+
+
+auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BitFluxQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BitFluxConfig

@@ -228,6 +228,13 @@ def test_importing_bitflux_imports_neither_torch_nor_diffusers():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+@pytest.mark.parametrize("first", ["bitflux_core", "diffusers", "bitflux_core.diffusers_plugin"])
+def test_the_quantizer_is_registered_whatever_is_imported_first(first):
+    code = f"import {first}, bitflux_core; from diffusers.quantizers import auto; print(*auto.AUTO_QUANTIZER_MAPPING)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "bitflux" in result.stdout.split()
+
+
 def test_the_readmes_script_draws(tmp_path):
     section = (REPOSITORY / "README.md").read_text().split("## Use it from diffusers")[1]
     script = (
