@@ -34,7 +34,7 @@ from kernels.reference import Activations
 
 GROUP = 64  # columns that share a scale in the row with groups
 RANK = 16  # of the correction in the row with one
-OWN_STATES = 0.5
+OWN_STATES = EndToEndSettings.own_states
 
 
 @dataclass(frozen=True)
