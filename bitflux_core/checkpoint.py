@@ -87,7 +87,8 @@ def save_ternary(
 def stored_codes(tensors: dict[str, Tensor], codes: Codes) -> dict[str, Tensor]:
     """A ternary transformer's tensors with its codes in this layout, in place of planes."""
     if codes == "planes":
-        return tensors
+        # Planes decoded from trits are views of a storage a few bytes longer, which safetensors refuses.
+        return {name: tensor.clone() if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
     return {name: pack_trits(tensor) if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
 
 

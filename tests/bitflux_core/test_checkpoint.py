@@ -59,6 +59,17 @@ def test_what_was_saved_comes_back(transformer, tmp_path, dtype, codes):
     assert {(layer.activations, layer.execution) for layer in block_linears(loaded).values()} == {("int8", "reference")}
 
 
+@pytest.mark.parametrize("first", ["planes", "trits"])
+@pytest.mark.parametrize("then", ["planes", "trits"])
+def test_a_loaded_checkpoint_is_saved_in_either_layout(transformer, tmp_path, first, then):
+    quantize_transformer(transformer)
+    save_ternary(transformer, tmp_path / "first", {}, method="test", codes=first)
+    loaded = load_ternary(tmp_path / "first", dtype=torch.bfloat16, device="cpu")
+    save_ternary(loaded, tmp_path / "then", {}, method="test", codes=then)
+    again = load_ternary(tmp_path / "then", dtype=torch.bfloat16, device="cpu").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("codes", ["planes", "trits"])
 def test_files_hold_exactly_the_bytes_of_the_accounting(transformer, tmp_path, codes):
     quantize_transformer(transformer)
