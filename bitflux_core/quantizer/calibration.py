@@ -1,10 +1,9 @@
 """Calibration without images: states along the teacher's own way from noise to image, for calibration prompts.
 
-Legend: S states, P prompts, B batch, L image tokens, C packed latent channels.
+Legend: S states, P prompts, K kept so far, B batch, L image tokens, C packed latent channels.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,15 @@ class States:
     latents_SLC: Tensor
     sigma_S: Tensor
     prompt_S: Tensor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How far the prompts have come after `steps` [] steps, on the CPU: latents_PLC, and latents_KLC kept on the way."""
+
+    steps: Tensor
+    latents_PLC: Tensor
+    latents_KLC: Tensor
 
 
 class Calibration:
@@ -58,21 +66,29 @@ class Calibration:
 
     @torch.no_grad()
     @plain_arithmetic()
-    def trajectories(self, source: BlockSource, sigmas: Tensor, states_a_prompt: int, seed: int) -> States:
+    def trajectories(
+        self,
+        source: BlockSource,
+        sigmas: Tensor,
+        states_a_prompt: int,
+        seed: int,
+        begun: Walk | None = None,
+        keep: Callable[[Walk], None] | None = None,
+    ) -> States:
         """Walks every prompt from noise along the levels `sigmas` and keeps `states_a_prompt` random points of each.
 
-        All prompts take a step together, block by block, so that each block is read once a step.
+        All prompts take a step together, block by block, so that each block is read once a step. `keep` is given the
+        walk behind each step; one that was kept, `begun`, goes on to the same states.
         """
         prompts, steps = len(self.conditions.pooled_PD), len(sigmas) - 1
         generator = torch.Generator().manual_seed(seed)
         tokens, channels = len(self.conditions.image_ids_L3), source.empty.config.in_channels
-        latents_PLC = torch.randn(prompts, tokens, channels, generator=generator)
+        noise_PLC = torch.randn(prompts, tokens, channels, generator=generator)
         kept_PS = torch.rand(prompts, steps, generator=generator).argsort(dim=1) < states_a_prompt
         everyone = torch.arange(prompts)
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-            chosen = kept_PS[:, step].nonzero()[:, 0]
-            kept.append((latents_PLC[chosen], sigma.expand(len(chosen)), chosen))
+        walk = begun or Walk(torch.tensor(0), noise_PLC, noise_PLC[:0])
+        for step in range(int(walk.steps), steps):
+            sigma, latents_PLC = sigmas[step], walk.latents_PLC
             now = States(latents_PLC, sigma.expand(prompts), everyone)
             streams = self.streams(source, now)
             for name in source.names:
@@ -80,10 +96,15 @@ class Calibration:
                 streams = [stream.through(block) for stream in streams]
             leaving = zip(streams, self.inputs(source, now), strict=True)
             velocity_PLC = torch.cat([source.leave(stream, **inputs).float().cpu() for stream, inputs in leaving])
-            latents_PLC = latents_PLC + (following - sigma) * velocity_PLC
+            walk = Walk(
+                torch.tensor(step + 1),
+                latents_PLC + (sigmas[step + 1] - sigma) * velocity_PLC,
+                torch.cat([walk.latents_KLC, latents_PLC[kept_PS[:, step]]]),
+            )
+            if keep:
+                keep(walk)
             if step % max(1, steps // LOG_LINES) == 0:
                 print(f"calibration: {prompts} prompts at step {step + 1}/{steps}", flush=True)
-        # Shuffled, so that every batch holds all noise levels.
-        order_S = torch.randperm(sum(len(part[1]) for part in kept), generator=generator)
-        latents_SLC, sigma_S, prompt_S = (torch.cat(parts)[order_S] for parts in zip(*kept, strict=True))
-        return States(latents_SLC, sigma_S, prompt_S)
+        step_K, prompt_K = kept_PS.T.nonzero(as_tuple=True)
+        order_S = torch.randperm(len(step_K), generator=generator)  # so that every batch holds all noise levels
+        return States(walk.latents_KLC[order_S], sigmas[step_K[order_S]], prompt_K[order_S])

@@ -275,7 +275,8 @@ def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSetting
     if states is None:
         scheduler = load_scheduler(pipeline_dir)
         sigmas = sampler_sigmas(scheduler, settings.sampling.steps, len(conditions.image_ids_L3), torch.device("cpu"))
-        states = calibration.trajectories(source, sigmas, settings.states_a_prompt, settings.seed)
+        how = (source, sigmas, settings.states_a_prompt, settings.seed)
+        states = calibration.trajectories(*how, begun=work.load_walk(), keep=work.save_walk)
         work.save_states(states)
     return CalibrationSet(calibration, states)
 

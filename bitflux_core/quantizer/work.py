@@ -14,18 +14,20 @@ from torch import Tensor
 
 from bitflux_core.errors import UserError
 from bitflux_core.files import read_json, write_json
-from bitflux_core.quantizer.calibration import States
+from bitflux_core.quantizer.calibration import States, Walk
 from bitflux_core.quantizer.snr import Snr
 
 RECIPE = "recipe.json"
 STATES = "states"
+WALK = "walk"  # to the states
 MOST_NAMED = 3  # settings that differ, in one line
 
 
 class WorkFolder:
     """Opens or makes `directory` for `recipe` (JSON-able). UserError where it holds the work of another recipe.
 
-    Files appear whole, under their final name: a killed process loses the block in hand, or the calibration states.
+    Files appear whole, under their final name: a killed process loses the block in hand, or the
+    step of the calibration.
     """
 
     def __init__(self, directory: Path, recipe: Mapping[str, object]):
@@ -63,11 +65,19 @@ class WorkFolder:
         return tensors, [Snr(**row) for row in json.loads(metadata["snr"])]
 
     def save_states(self, states: States) -> None:
-        self._write(STATES, {key: value.contiguous() for key, value in vars(states).items()}, {})
+        self._write(STATES, vars(states), {})
+        self._file(WALK).unlink(missing_ok=True)
 
     def load_states(self) -> States | None:
         """The calibration states, if they were made."""
         return States(**self._read(STATES)[0]) if self.holds(STATES) else None
+
+    def save_walk(self, walk: Walk) -> None:
+        self._write(WALK, vars(walk), {})
+
+    def load_walk(self) -> Walk | None:
+        """The walk to the calibration states, if one was begun."""
+        return Walk(**self._read(WALK)[0]) if self.holds(WALK) else None
 
     def remove(self) -> None:
         """Deletes the folder: for when its blocks stand in a checkpoint.
@@ -86,7 +96,7 @@ class WorkFolder:
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         temporary = self._file(name).with_suffix(".tmp")
-        save_file(tensors, temporary, metadata)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
         os.replace(temporary, self._file(name))
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

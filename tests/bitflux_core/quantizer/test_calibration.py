@@ -45,6 +45,28 @@ def test_states_are_the_points_of_an_euler_walk_each_with_its_own_level(
             torch.testing.assert_close(points[step + 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_killed_calibration_goes_on_to_the_same_states(source, settings, lively_dir, tmp_path, monkeypatch):
+    made_by = settings(states_a_prompt=2)
+    whole = calibrate(source, lively_dir, made_by, WorkFolder(tmp_path / "whole", {})).states
+    work, save, leave, left = WorkFolder(tmp_path / "work", {}), WorkFolder.save_walk, source.leave, []
+
+    def killed(self, walk):
+        save(self, walk)
+        if walk.steps == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save_walk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(source, lively_dir, made_by, work)
+    monkeypatch.setattr(source, "leave", lambda *args, **inputs: left.append(args) or leave(*args, **inputs))
+    states = calibrate(source, lively_dir, made_by, work).states
+    assert all(torch.equal(tensor, getattr(whole, name)) for name, tensor in vars(states).items())
+    batches = -(-len(made_by.prompts) // made_by.batch)
+    assert len(left) == batches * (made_by.sampling.steps - 2)  # no step twice
+    assert sorted(path.name for path in work.directory.iterdir()) == ["recipe.json", "states.safetensors"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_times_are_those_of_the_pipeline(lively_dir, dtype):
     """Bits too: in bfloat16 a time is a coarse thing."""
