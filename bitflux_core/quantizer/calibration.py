@@ -27,7 +27,7 @@ class States:
 
 @dataclass(frozen=True)
 class Walk:
-    """How far the prompts have come after `steps` [] steps, on the CPU: latents_PLC, and latents_KLC kept on the way."""
+    """How far prompts have come after `steps` [] steps, on the CPU: latents_PLC, and latents_KLC kept on the way."""
 
     steps: Tensor
     latents_PLC: Tensor
