@@ -86,10 +86,13 @@ def save_ternary(
 
 def stored_codes(tensors: dict[str, Tensor], codes: Codes) -> dict[str, Tensor]:
     """A ternary transformer's tensors with its codes in this layout, in place of planes."""
-    if codes == "planes":
-        # Planes decoded from trits are views of a storage a few bytes longer, which safetensors refuses.
-        return {name: tensor.clone() if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
-    return {name: pack_trits(tensor) if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
+    stored = pack_trits if codes == "trits" else _whole
+    return {name: stored(tensor) if name.endswith(".packed") else tensor for name, tensor in tensors.items()}
+
+
+def _whole(planes: Tensor) -> Tensor:
+    """Planes decoded from trits are views of a storage a few bytes longer, which safetensors refuses: a copy then."""
+    return planes if planes.untyped_storage().nbytes() == planes.nbytes else planes.clone()
 
 
 def check_unused(directory: Path | str) -> Path:

@@ -268,7 +268,10 @@ def digest_of(prompts: tuple[str, ...]) -> str:
 
 
 def calibrate(source: BlockSource, pipeline_dir: Path, settings: QuantizeSettings, work: WorkFolder) -> CalibrationSet:
-    """The calibration states that `work` holds, or new ones, which it then holds. UserError as `load_scheduler`."""
+    """The calibration states that `work` holds, or that it then holds, made from wherever it has come to.
+
+    UserError as `load_scheduler`.
+    """
     conditions = encode(pipeline_dir, settings.prompts, settings.sampling, source.device)
     calibration = Calibration(conditions, settings.sampling.guidance, settings.batch)
     states = work.load_states()

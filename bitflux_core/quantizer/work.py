@@ -26,8 +26,7 @@ MOST_NAMED = 3  # settings that differ, in one line
 class WorkFolder:
     """Opens or makes `directory` for `recipe` (JSON-able). UserError where it holds the work of another recipe.
 
-    Files appear whole, under their final name: a killed process loses the block in hand, or the
-    step of the calibration.
+    Files appear whole, under their final name: a killed process loses the block or the step in hand.
     """
 
     def __init__(self, directory: Path, recipe: Mapping[str, object]):
