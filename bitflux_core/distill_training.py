@@ -6,9 +6,9 @@ gives the arithmetic.
 """
 
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bitflux_core.distill import Conditions, LatentTernaryLinear, drawn_timestep
 from bitflux_core.distill_attention import TrainedAttention
 from bitflux_core.distill_checkpoint import (
     Checkpoint,
+    Progress,
     latest_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -389,17 +390,10 @@ class EndToEnd:
 
     def save(self) -> None:
         """Writes a checkpoint of this step; every rank must call it."""
-        state = {
-            "step": self.step,
-            "waited": self.waited,
-            "best": self.best,
-            "begun": self.begun,
-            "seconds": self.seconds,
-            "records": [asdict(record) for record in self.records],
-        }
+        progress = Progress(self.step, self.waited, self.best, self.begun, self.seconds, self.records)
         parts = self._parts()
         if self.rank == 0:
-            save_checkpoint(self.folder, self.step, parts, state)
+            save_checkpoint(self.folder, parts, progress)
         else:
             for _ in parts:  # its share in gathering them
                 pass
@@ -446,15 +440,14 @@ class EndToEnd:
             self.adam.load_state_dict({"state": moments, "param_groups": groups})
             prefix = "rollouts."
             self.rollouts.restore({k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)})
-            state = checkpoint.state
-            self.step, self.waited, self.seconds = state["step"], state["waited"], state["seconds"]
-            self.best, self.begun = state["best"], state["begun"]
-            self.records = [Record(**record) for record in state["records"]]
         except (KeyError, RuntimeError, TypeError) as error:
             problem = " ".join(str(error).split())
             raise UserError(
                 f"{checkpoint.folder} is no checkpoint of this training ({problem}): remove {self.folder}"
             ) from error
+        progress = checkpoint.progress
+        self.step, self.waited, self.seconds = progress.step, progress.waited, progress.seconds
+        self.best, self.begun, self.records = progress.best, progress.begun, progress.records
 
 
 def velocities_before(settings: EndToEndSettings) -> int:
@@ -472,16 +465,21 @@ def whole_batches(count: int, batch: int) -> int:
 def finished(folder: Path, steps: int) -> list[Record] | None:
     """The log of a training of `steps` steps in `folder` that has come to its end; None for any other."""
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None or checkpoint.state["step"] != steps:
+    if checkpoint is None or checkpoint.progress.step != steps:
         return None
-    return [Record(**record) for record in checkpoint.state["records"]]
+    return checkpoint.progress.records
 
 
 def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
     """The best student in `folder` as a ternary transformer, on the CPU. UserError for a damaged file."""
-    tensors = load_tensors(folder / RESULT, f"remove {folder} and train from the start")
+    remedy = f"remove {folder} and train from the start"
+    tensors = load_tensors(folder / RESULT, remedy)
     rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".down")), 0)
     transformer = empty_transformer(config)
     empty_ternary_linears(transformer, rank=rank)
-    transformer.load_state_dict(tensors, assign=True)
+    try:
+        transformer.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        problem = textwrap.shorten(str(error), 300)
+        raise UserError(f"{folder / RESULT} is of another model ({problem}): {remedy}") from error
     return transformer.eval().requires_grad_(False)

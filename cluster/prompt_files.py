@@ -47,11 +47,17 @@ def read_prompt_file(file: PromptFile, folder: Path, data_dir: Path | None) -> t
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompt file {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"prompt file {path}: cannot be read ({error.strerror}); {_remedy(file)}") from error
     actual = hashlib.sha256(content).hexdigest()
     if file.sha256 not in (None, actual):
-        raise UserError(f"prompt file {path}: wrong sha256, expected {file.sha256} but found {actual}")
+        raise UserError(f"prompt file {path}: wrong sha256, expected {file.sha256} but found {actual}; {_remedy(file)}")
     return path, content
+
+
+def _remedy(file: PromptFile) -> str:
+    if file.url is None:
+        return "restore it, or correct its path and sha256 in the manifest"
+    return f"copy it again from {file.url}, or leave --data-dir out to have it fetched"
 
 
 def _fetch(url: str, name: str, sha256: str) -> Path:
@@ -59,7 +65,9 @@ def _fetch(url: str, name: str, sha256: str) -> Path:
     try:
         return Path(pooch.retrieve(url, known_hash=f"sha256:{sha256}", fname=name, path=pooch.os_cache("bitflux")))
     except ValueError as error:  # the wrong hash: pooch's text gives both
-        raise UserError(f"prompt file {url}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"prompt file {url}: {' '.join(str(error).split())}; try again, or give --data-dir DIR with DIR/{name}"
+        ) from error
     except OSError as error:  # requests' errors are OSErrors
         raise UserError(
             f"prompt file {url}: cannot be downloaded ({type(error).__name__}); give --data-dir DIR with DIR/{name}"

@@ -98,6 +98,13 @@ def output_of(args: argparse.Namespace) -> str:
     return DEFAULT_OUTPUT if args.output is None else args.output
 
 
+def nonempty(text: str) -> str:
+    """Any text but the empty one, which an unset variable of a shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

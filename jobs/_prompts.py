@@ -34,5 +34,7 @@ def prompts_of(source: str, count: int | None, *, seed: int, data_dir: Path | No
 
 
 def _check_enough(prompts: tuple[str, ...], source: str, count: int | None, option: str) -> None:
+    if not prompts:
+        raise UserError(f"{source} holds no prompts: write one a line")
     if count is not None and len(prompts) < count:
         raise UserError(f"{source} holds {len(prompts)} prompts of {count}: set {option}")

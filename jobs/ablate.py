@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
-from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive, seed
+from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, nonempty, positive, seed
 from jobs.quantize import calibration_prompts, distill_prompts
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", type=names, help="names of rows, separated by commas (all)")
     add("--limit", type=positive, metavar="N", help="prompts of each tag that are drawn (the profile's)")
     add("--images-per-prompt", type=positive, default=1, metavar="N", help="(%(default)s)")
-    add("--calibration", metavar="PROMPTS", help="a file, one a line, or a workload of prompts (the profile's own)")
+    add(
+        "--calibration",
+        type=nonempty,
+        metavar="PROMPTS",
+        help="a file, one a line, or a workload of prompts (the profile's own)",
+    )
     add("--data-dir", type=Path, metavar="DIR", help="that workload's files, for machines without internet")
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
@@ -82,12 +87,13 @@ def _ablate(args: argparse.Namespace) -> int:
     recipe = {**ablation.recipe, "limit": args.limit, "images_per_prompt": args.images_per_prompt}
     done = _rows_done(args.output / RESULTS, recipe)
 
+    wanted = [v for v in VARIANTS if v.name not in done and (not args.rows or v.name in args.rows)]
+    for variant in wanted:
+        ablation.check(variant)  # before the rows, each of which takes minutes
     bench = _Bench(profile, models, args.limit or profile.limit, args.images_per_prompt, device)
     reference = bench.draw(ablation.teacher())
     teacher_score = bench.score(reference)
-    for variant in VARIANTS:
-        if variant.name in done or (args.rows and variant.name not in args.rows):
-            continue
+    for variant in wanted:
         images = bench.draw(ablation.transformer(variant))
         score = bench.score(images)
         done[variant.name] = {
@@ -164,7 +170,7 @@ def _rows_done(file: Path, recipe: dict) -> dict[str, dict]:
     """The rows in `file`. UserError where they were made in another way."""
     from bitflux_core.files import read_json
 
-    if not file.is_file():
+    if not file.exists():
         return {}
     found = read_json(file, "remove it")
     if found.get("recipe") != json.loads(json.dumps(recipe)):

@@ -14,7 +14,7 @@ from bitflux_core.linear import TernaryLinear
 from bitflux_core.loading import load_transformer
 from bitflux_core.quantizer.block_walk import CalibrationSet, Init, WalkSettings, quantize_blocks
 from bitflux_core.quantizer.blocks import BlockSource
-from bitflux_core.quantizer.end_to_end import EndToEndTask, split_prompts
+from bitflux_core.quantizer.end_to_end import EndToEndTask, Prompts, split_prompts
 from bitflux_core.quantizer.quantize import (
     ARITHMETIC,
     QuantizeSettings,
@@ -24,6 +24,7 @@ from bitflux_core.quantizer.quantize import (
     collect,
     digest_of,
     encode,
+    image_tokens,
     provenance_of,
 )
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
@@ -134,6 +135,13 @@ class Ablation:
             "bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device="cpu", dtype=torch.float32
         )
 
+    def check(self, variant: Variant) -> None:
+        """UserError where the variant's training could not be: too few prompts, too little GPU memory."""
+        if variant.distilled:
+            sampling = self.settings.sampling
+            task, _ = self._task(variant)
+            task.check(image_tokens(sampling) + sampling.max_sequence_length, self.device)
+
     def transformer(self, variant: Variant) -> FluxTransformer2DModel:
         """The variant's transformer on the CPU, ready to draw."""
         if variant.group:
@@ -183,17 +191,20 @@ class Ablation:
         )
 
     def _distilled(self, variant: Variant, start: FluxTransformer2DModel) -> FluxTransformer2DModel:
+        task, prompts = self._task(variant)
+        if not task.prepared:
+            task.prepare(start, encode(self.pipeline_dir, prompts.distinct, self.settings.sampling, self.device))
+        task.run(self.device)
+        return task.result()[0]
+
+    def _task(self, variant: Variant) -> tuple[EndToEndTask, Prompts]:
         """Rows that differ only in how they draw share one training."""
         how = self._training(variant)
         prompts = split_prompts(self.settings.distill_prompts, how.held_out, how.seed)
         name = f"end-to-end-own-{how.own_states}-int8-{how.int8_steps}{'-weighted' if how.weighted else ''}"
         folder = self.directory.absolute() / name
         parts = (how, self.settings.sampling, prompts.trained, prompts.held_out)
-        task = EndToEndTask(self.pipeline_dir.absolute(), folder, *parts)
-        if not task.prepared:
-            task.prepare(start, encode(self.pipeline_dir, prompts.distinct, self.settings.sampling, self.device))
-        task.run(self.device)
-        return task.result()[0]
+        return EndToEndTask(self.pipeline_dir.absolute(), folder, *parts), prompts
 
 
 def _is_modulation(name: str) -> bool:

@@ -101,6 +101,9 @@ class BlockSource:
         missing = sorted(self.empty.state_dict().keys() - self._files.keys())
         if missing:
             raise UserError(f"{self.directory} lacks tensor {missing[0]} and {len(missing) - 1} more: {REMEDY}")
+        absent = sorted(file for file in set(self._files.values()) if not (self.directory / file).is_file())
+        if absent:
+            raise UserError(f"{self.directory} lacks file {absent[0]} and {len(absent) - 1} more: {REMEDY}")
         self._seam = _Seam()
 
     def block(self, name: str) -> nn.Module:

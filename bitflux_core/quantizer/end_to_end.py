@@ -28,12 +28,12 @@ from bitflux_core.errors import UserError
 from bitflux_core.files import read_json
 from bitflux_core.generate import ImageGenerator, PromptEmbedding
 from bitflux_core.loading import load_transformer
+from bitflux_core.quantizer.work import REMEDY
 from bitflux_core.samples import Sampling
 from bitflux_core.training import arithmetic_restored
 
 GRAPH_BELOW = 1e9  # parameters: kernels of smaller models take less time than Python takes to launch them
 IMAGES = "images"
-REMEDY = "remove the folder and begin again"
 SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -97,11 +97,11 @@ class EndToEndTask:
         if records and not self._lacks_image(records):
             return
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        conditions = Conditions(**load_tensors(self._conditions, REMEDY))
+        conditions = self._load_conditions()
         tokens = len(conditions.image_ids_L3) + conditions.prompt_embeds_PTD.shape[1]
         self.check(tokens, device)
         teacher = load_transformer("bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device=device, dtype=dtype)
-        start = load_ternary(self._start, dtype=torch.float32, device="cpu")
+        start = self._load_start()
         scheduler = load_scheduler(self.pipeline_dir)
         places = (self.trained, self.held_out)
         graph = self._by_graph(teacher, device)
@@ -164,6 +164,19 @@ class EndToEndTask:
         if records is None:
             raise UserError(f"the training in {self._training} has not ended: run the same command again")
         return load_result(self._config(), self._training), records
+
+    def _load_conditions(self) -> Conditions:
+        try:
+            return Conditions(**load_tensors(self._conditions, REMEDY))
+        except TypeError as error:
+            raise UserError(f"{self._conditions} holds something else ({error}): {REMEDY}") from error
+
+    def _load_start(self) -> FluxTransformer2DModel:
+        try:
+            return load_ternary(self._start, dtype=torch.float32, device="cpu")
+        except UserError as error:
+            # Its remedy is for checkpoints that a user made.
+            raise UserError(f"{self._start} is damaged: {REMEDY} ({error})") from error
 
     def _by_graph(self, transformer: FluxTransformer2DModel, device: torch.device) -> bool:
         small = sum(parameter.numel() for parameter in transformer.parameters()) < GRAPH_BELOW

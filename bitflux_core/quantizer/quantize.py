@@ -91,6 +91,7 @@ def quantize(
     """
     written = check_output(output)
     output = _unlinked(output)
+    check_outside(output, pipeline_dir)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = BlockSource(pipeline_dir / "transformer", device, dtype)
     check_rank(source.empty, settings.low_rank)  # before there is a folder of work
@@ -113,7 +114,7 @@ def quantize(
             settings.distill_images,
             settings.low_rank,
         )
-        task.check(_image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
+        task.check(image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
     # Training has its recipe by itself: with other rates it begins again behind the same blocks.
     recipe = _without(provenance, "end_to_end")
     work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: arithmetic_of(source)})
@@ -172,7 +173,7 @@ def check_blocks_fit(source: BlockSource, settings: QuantizeSettings) -> None:
         source.empty,
         states=len(settings.prompts) * settings.states_a_prompt,
         batch=settings.batch,
-        tokens=_image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
+        tokens=image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
         compensated=settings.init == "compensated",
         corrected=settings.low_rank > 0,
         trained=settings.reconstruction_steps > 0,
@@ -209,6 +210,13 @@ def check_output(output: Path) -> bool:
             raise
         return True
     return False
+
+
+def check_outside(output: Path, pipeline_dir: Path) -> None:
+    """UserError where `output` would lie in a part of the pipeline: the work in it would make it another model."""
+    for part in ("transformer", *CONDITIONS):
+        if output.resolve().is_relative_to((pipeline_dir / part).resolve()):
+            raise UserError(f"{output} lies in {pipeline_dir / part}, which is read: name a folder elsewhere")
 
 
 def encode(pipeline_dir: Path, prompts: tuple[str, ...], sampling: Sampling, device: torch.device) -> Conditions:
@@ -324,5 +332,6 @@ def _run_on(device: torch.device) -> Callable[[EndToEndTask], None]:
     return lambda task: task.run(device)
 
 
-def _image_tokens(sampling: Sampling) -> int:
+def image_tokens(sampling: Sampling) -> int:
+    """How many tokens an image is to the transformer."""
     return (sampling.height // PIXELS_PER_TOKEN) * (sampling.width // PIXELS_PER_TOKEN)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from bitflux_core.quantizer.snr import Snr
 RECIPE = "recipe.json"
 STATES = "states"
 WALK = "walk"  # to the states
+REMEDY = "remove it, the next run makes it again"
 MOST_NAMED = 3  # settings that differ, in one line
 
 
@@ -61,7 +63,8 @@ class WorkFolder:
     def load(self, name: str) -> tuple[dict[str, Tensor], list[Snr]]:
         """What `save` kept. UserError for a file that is damaged."""
         tensors, metadata = self._read(name)
-        return tensors, [Snr(**row) for row in json.loads(metadata["snr"])]
+        with self._as_kept(name):
+            return tensors, [Snr(**row) for row in json.loads(metadata["snr"])]
 
     def save_states(self, states: States) -> None:
         self._write(STATES, vars(states), {})
@@ -69,14 +72,20 @@ class WorkFolder:
 
     def load_states(self) -> States | None:
         """The calibration states, if they were made."""
-        return States(**self._read(STATES)[0]) if self.holds(STATES) else None
+        if not self.holds(STATES):
+            return None
+        with self._as_kept(STATES):
+            return States(**self._read(STATES)[0])
 
     def save_walk(self, walk: Walk) -> None:
         self._write(WALK, vars(walk), {})
 
     def load_walk(self) -> Walk | None:
         """The walk to the calibration states, if one was begun."""
-        return Walk(**self._read(WALK)[0]) if self.holds(WALK) else None
+        if not self.holds(WALK):
+            return None
+        with self._as_kept(WALK):
+            return Walk(**self._read(WALK)[0])
 
     def remove(self) -> None:
         """Deletes the folder: for when its blocks stand in a checkpoint.
@@ -105,7 +114,15 @@ class WorkFolder:
                 metadata = opened.metadata() or {}
             return load_file(file), metadata
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error}): remove it, the next run makes it again") from error
+            raise UserError(f"{file} cannot be read ({error}): {REMEDY}") from error
+
+    @contextmanager
+    def _as_kept(self, name: str) -> Iterator[None]:
+        """UserError where the file's contents turn out to be others than were kept in it."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self._file(name)} holds something else ({error}): {REMEDY}") from error
 
 
 def _differing(found: Mapping, wanted: Mapping, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """End-to-end training in little memory: it improves the student, goes on to the same bits, and knows when to stop."""
 
 import copy
+import json
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -8,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitflux_core.convert import quantize_transformer
@@ -126,7 +128,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(train, tmp_path, monke
     monkeypatch.setattr(broken, "held_out_error", iter([0.6, 0.5]).__next__)  # killed in its second interval
     with pytest.raises(StopIteration):
         broken.run()
-    assert latest_checkpoint(tmp_path / "broken").state["step"] == 2
+    assert latest_checkpoint(tmp_path / "broken").progress.step == 2
     resumed = train("broken")
     assert resumed.step == 2
     resumed.run()
@@ -185,6 +187,25 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path):
     (tmp_path / "a" / "step-00000006" / "rest.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):
         train("a")
+
+
+@pytest.mark.parametrize("damage", [{"step": "six"}, {"step": 7}, {"records": [{}]}, {"records": 3}, {"other": 1}])
+def test_a_checkpoint_that_says_something_else_is_refused(train, tmp_path, damage):
+    train("a").run()
+    state = tmp_path / "a" / "step-00000006" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | damage))
+    with pytest.raises(UserError, match=r"state.json is damaged .*train from the start"):
+        finished(tmp_path / "a", 6)
+
+
+def test_a_result_of_another_model_is_refused(train, tmp_path, teacher):
+    train("a").run()
+    file = tmp_path / "a" / RESULT
+    tensors = load_file(file)
+    del tensors["x_embedder.bias"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"of another model .*train from the start"):
+        load_result(dict(teacher.config), tmp_path / "a")
 
 
 def test_a_phase_that_gains_nothing_ends_early_and_the_best_weights_stay(train, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def test_an_altered_official_file_is_refused_with_both_hashes(tmp_path):
     assert str(altered) in message
     assert expected in message
     assert hashlib.sha256(altered.read_bytes()).hexdigest() in message
+    assert "copy it again from https://" in message
 
 
 def test_a_data_dir_without_the_file_is_named(tmp_path):

@@ -32,6 +32,18 @@ def test_rows_are_measured_once(options, tmp_path, capsys, monkeypatch):
     assert "made with other options" in capsys.readouterr().err
 
 
+def test_too_few_prompts_to_train_on_are_said_before_any_row(options, tmp_path, capsys):
+    assert ablate.main([*options, "--rows", "absmean,+ end to end"]) == 2
+    assert "2 prompts, of which 16 are held out" in capsys.readouterr().err
+    assert not (tmp_path / "out" / ablate.RESULTS).exists()
+
+
+def test_a_folder_in_the_table_s_place_is_refused(options, tmp_path, capsys):
+    (tmp_path / "out" / ablate.RESULTS).mkdir(parents=True)
+    assert ablate.main([*options, "--rows", "absmean"]) == 2
+    assert f"{ablate.RESULTS} cannot be read" in capsys.readouterr().err
+
+
 def test_an_unknown_row_is_refused(options, capsys):
     assert ablate.main([*options, "--rows", "magic"]) == 2
     assert "no row 'magic'" in capsys.readouterr().err

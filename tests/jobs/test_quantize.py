@@ -204,6 +204,19 @@ def test_a_file_of_too_few_prompts_is_refused(profile, tmp_path, capsys):
     assert not (tmp_path / "twin.partial").exists()
 
 
+@pytest.mark.parametrize("steps", [[], ["--distill-steps", "1", "--calibration-prompts", "1"]])
+def test_a_file_without_prompts_is_refused(profile, tmp_path, capsys, steps):
+    (tmp_path / "prompts.txt").write_text("\n  \n")
+    arguments = ["--calibration", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "twin"), *steps]
+    assert quantize.main(["--profile", profile, *arguments]) == 2
+    assert "holds no prompts: write one a line" in capsys.readouterr().err
+
+
+def test_an_empty_name_of_prompts_is_refused(profile, tmp_path, capsys):
+    assert quantize.main(["--profile", profile, "--calibration", "", "--output", str(tmp_path / "twin")]) == 2
+    assert "--calibration: it is empty" in capsys.readouterr().err
+
+
 def test_prompts_of_the_mini_world_follow_the_seed():
     profile = load_profile("mini")
     first, again, other = (

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitflux_core.checkpoint import load_ternary
 from bitflux_core.distill_memory import ADAM_BYTES, BF16, SAVED_WIDTHS
@@ -87,6 +87,23 @@ def test_a_killed_training_goes_on_to_the_same_codes(trained, lively_dir, tmp_pa
     quantize(lively_dir, tmp_path / "resumed", trained(), CPU, ignore)
     assert made == [2, 3, 4, 5]
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "resumed" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", ["conditions.safetensors", "start"])
+def test_what_is_damaged_of_a_training_is_named_and_made_again(trained, lively_dir, tmp_path, monkeypatch, damaged):
+    def die(_self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEnd, "train_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
+    path = tmp_path / "twin.partial" / "end-to-end" / damaged
+    save_file({"other": torch.zeros(1)}, path / WEIGHTS if path.is_dir() else path)
+    with pytest.raises(UserError, match=f"end-to-end/{damaged} .*remove it, the next run makes it again"):
+        quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    quantize(lively_dir, tmp_path / "twin", trained(), CPU, ignore)
 
 
 def test_too_few_prompts_are_refused_before_any_work(settings, lively_dir, tmp_path):

@@ -68,6 +68,43 @@ def test_a_missing_weight_is_named(settings, broken_dir, tmp_path):
         quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
 
 
+def test_a_missing_shard_is_named_before_any_work(settings, broken_dir, tmp_path):
+    folder = broken_dir / "transformer"
+    names = load_file(folder / WEIGHTS).keys()
+    (folder / WEIGHTS).rename(folder / "first.safetensors")
+    places = dict.fromkeys(names, "first.safetensors") | {"x_embedder.bias": "second.safetensors"}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match=r"lacks file second.safetensors .*copy"):
+        quantize(broken_dir, tmp_path / "twin", settings(), CPU, ignore)
+    assert not (tmp_path / "twin.partial").exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_a_place_in_the_model_itself_is_refused(settings, broken_dir, part):
+    with pytest.raises(UserError, match=f"lies in .*{part}, which is read"):
+        quantize(broken_dir, broken_dir / part / "twin", settings(), CPU, ignore)
+    assert not list(broken_dir.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0", "states", "walk"])
+def test_work_whose_contents_are_others_is_named(settings, lively_dir, tmp_path, name):
+    kept, work = {"other": torch.zeros(1)}, tmp_path / "twin.partial"
+    died = KeyboardInterrupt()
+
+    def die(_name, _rows):
+        raise died
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(lively_dir, tmp_path / "twin", settings(), CPU, die)
+    if name == "walk":
+        (work / "states.safetensors").unlink()
+    save_file(kept, work / f"{name}.safetensors")
+    with pytest.raises(UserError, match=f"{name}.safetensors holds something else .*remove it"):
+        quantize(lively_dir, tmp_path / "twin", settings(), CPU, ignore)
+    (work / f"{name}.safetensors").unlink()
+    quantize(lively_dir, tmp_path / "twin", settings(), CPU, ignore)
+
+
 def test_a_weight_that_is_not_finite_is_named(settings, broken_dir, tmp_path):
     file = broken_dir / "transformer" / WEIGHTS
     tensors = load_file(file)
