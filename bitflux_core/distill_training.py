@@ -6,7 +6,6 @@ gives the arithmetic.
 """
 
 import math
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -480,6 +479,6 @@ def load_result(config: dict, folder: Path) -> FluxTransformer2DModel:
     try:
         transformer.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        problem = textwrap.shorten(str(error), 300)
+        problem = " ".join(str(error).split())[:300]
         raise UserError(f"{folder / RESULT} is of another model ({problem}): {remedy}") from error
     return transformer.eval().requires_grad_(False)

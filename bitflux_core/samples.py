@@ -29,6 +29,11 @@ class Sampling:
     guidance: float
     max_sequence_length: int
 
+    @property
+    def tokens(self) -> int:
+        """Of text and image together, as the transformer sees them."""
+        return self.max_sequence_length + (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -1,12 +1,27 @@
 """Prompts to quantize with: those of a file, of a workload, or of the mini world."""
 
 import random
+from argparse import ArgumentParser
 from pathlib import Path
 
 from bitflux_core.errors import UserError
 from cluster.manifests import is_manifest
 from cluster.profile import MINI_WORLD
 from cluster.workload import load_prompts
+from jobs._cli import nonempty
+
+
+def add_prompt_options(parser: ArgumentParser) -> None:
+    """`--calibration` and `--data-dir`, the `source` and `data_dir` of `prompts_of`."""
+    parser.add_argument(
+        "--calibration",
+        type=nonempty,
+        metavar="PROMPTS",
+        help="a file, one a line, or a workload of prompts (the profile's own)",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="workloads' prompt files, for machines without internet"
+    )
 
 
 def prompts_of(source: str, count: int | None, *, seed: int, data_dir: Path | None, option: str) -> tuple[str, ...]:

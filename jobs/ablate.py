@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitflux_core.errors import UserError
-from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, nonempty, positive, seed
+from jobs._cli import COMPLETE, Parser, console_on, exit_code_of, names, positive, seed
+from jobs._prompts import add_prompt_options
 from jobs.quantize import calibration_prompts, distill_prompts
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", type=names, help="names of rows, separated by commas (all)")
     add("--limit", type=positive, metavar="N", help="prompts of each tag that are drawn (the profile's)")
     add("--images-per-prompt", type=positive, default=1, metavar="N", help="(%(default)s)")
-    add(
-        "--calibration",
-        type=nonempty,
-        metavar="PROMPTS",
-        help="a file, one a line, or a workload of prompts (the profile's own)",
-    )
-    add("--data-dir", type=Path, metavar="DIR", help="that workload's files, for machines without internet")
+    add_prompt_options(parser)
     add("--calibration-prompts", type=positive, default=64, metavar="N", help="how many to use (%(default)s)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--reconstruction-steps", type=positive, default=300, metavar="N", help="of each block (%(default)s)")

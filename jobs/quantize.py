@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from bitflux_core.errors import UserError
 from cluster.profile import MINI_WORLD, Profile
 from jobs import _ray
-from jobs._cli import COMPLETE, Parser, exit_code_of, natural, nonempty, positive, seed
-from jobs._prompts import prompts_of
+from jobs._cli import COMPLETE, Parser, exit_code_of, natural, positive, seed
+from jobs._prompts import add_prompt_options, prompts_of
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -41,13 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--profile", default="mini", help="an embedded profile or the path of one (%(default)s)")
     add("--init", choices=INITS, default=INITS[0], help="how codes and scales are chosen (%(default)s)")
-    add(
-        "--calibration",
-        type=nonempty,
-        metavar="PROMPTS",
-        help="a file, one a line, or a workload of prompts (the profile's own)",
-    )
-    add("--data-dir", type=Path, metavar="DIR", help="workloads' prompt files, for machines without internet")
+    add_prompt_options(parser)
     add("--calibration-prompts", type=positive, metavar="N", help="how many to use (the profile's, else 64)")
     add("--states-a-prompt", type=positive, default=4, metavar="N", help="points of each trajectory (%(default)s)")
     add("--low-rank", type=positive, metavar="R", help="a correction of this rank beside every layer, in bf16 (none)")

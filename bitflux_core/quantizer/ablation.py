@@ -24,7 +24,6 @@ from bitflux_core.quantizer.quantize import (
     collect,
     digest_of,
     encode,
-    image_tokens,
     provenance_of,
 )
 from bitflux_core.quantizer.reconstruction import ReconstructionSettings
@@ -138,9 +137,8 @@ class Ablation:
     def check(self, variant: Variant) -> None:
         """UserError where the variant's training could not be: too few prompts, too little GPU memory."""
         if variant.distilled:
-            sampling = self.settings.sampling
             task, _ = self._task(variant)
-            task.check(image_tokens(sampling) + sampling.max_sequence_length, self.device)
+            task.check(self.device)
 
     def transformer(self, variant: Variant) -> FluxTransformer2DModel:
         """The variant's transformer on the CPU, ready to draw."""

@@ -98,8 +98,7 @@ class EndToEndTask:
             return
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         conditions = self._load_conditions()
-        tokens = len(conditions.image_ids_L3) + conditions.prompt_embeds_PTD.shape[1]
-        self.check(tokens, device)
+        self.check(device)
         teacher = load_transformer("bf16", pipeline_dir=self.pipeline_dir, ternary_dir=None, device=device, dtype=dtype)
         start = self._load_start()
         scheduler = load_scheduler(self.pipeline_dir)
@@ -132,10 +131,8 @@ class EndToEndTask:
             training.show(look)
         training.run(look)
 
-    def check(self, tokens: int, device: torch.device) -> None:
-        """UserError where a step on `tokens` of text and image would not fit the GPU, the GPUs not the batch, or the
-        optimizer not several GPUs.
-        """
+    def check(self, device: torch.device) -> None:
+        """UserError where a step would not fit the GPU, the GPUs not the batch, or the optimizer not several GPUs."""
         by_adam = self.settings.optimizer == "adam"
         if by_adam and self.gpus > 1:
             raise UserError(f"AdamW trains on one GPU, not on {self.gpus}: take the factored optimizer")
@@ -148,7 +145,7 @@ class EndToEndTask:
         plan = memory_plan(
             empty,
             batch=self.settings.batch // self.gpus,
-            tokens=tokens,
+            tokens=self.sampling.tokens,
             features=self.settings.features,
             gpus=self.gpus,
             low_rank=self.low_rank,
@@ -209,10 +206,10 @@ def split_prompts(prompts: Sequence[str], held_out: int, seed: int) -> Prompts:
     distinct = tuple(dict.fromkeys(prompts))
     if len(distinct) <= held_out:
         raise UserError(f"{len(distinct)} prompts, of which {held_out} are held out: give more to train on")
-    aside = sorted(random.Random(seed).sample(range(len(distinct)), held_out))
+    aside = set(random.Random(seed).sample(range(len(distinct)), held_out))
     place = {prompt: index for index, prompt in enumerate(distinct)}
-    trained = tuple(place[prompt] for prompt in prompts if place[prompt] not in set(aside))
-    return Prompts(distinct, trained, tuple(aside))
+    trained = tuple(place[prompt] for prompt in prompts if place[prompt] not in aside)
+    return Prompts(distinct, trained, tuple(sorted(aside)))
 
 
 def write_log(records: Sequence[Record], path: Path) -> None:

@@ -114,7 +114,7 @@ def quantize(
             settings.distill_images,
             settings.low_rank,
         )
-        task.check(image_tokens(settings.sampling) + settings.sampling.max_sequence_length, device)
+        task.check(device)
     # Training has its recipe by itself: with other rates it begins again behind the same blocks.
     recipe = _without(provenance, "end_to_end")
     work = WorkFolder(_partial(output), {**recipe, ARITHMETIC: arithmetic_of(source)})
@@ -173,7 +173,7 @@ def check_blocks_fit(source: BlockSource, settings: QuantizeSettings) -> None:
         source.empty,
         states=len(settings.prompts) * settings.states_a_prompt,
         batch=settings.batch,
-        tokens=image_tokens(settings.sampling) + settings.sampling.max_sequence_length,
+        tokens=settings.sampling.tokens,
         compensated=settings.init == "compensated",
         corrected=settings.low_rank > 0,
         trained=settings.reconstruction_steps > 0,
@@ -330,8 +330,3 @@ def _without(settings: dict, key: str) -> dict:
 
 def _run_on(device: torch.device) -> Callable[[EndToEndTask], None]:
     return lambda task: task.run(device)
-
-
-def image_tokens(sampling: Sampling) -> int:
-    """How many tokens an image is to the transformer."""
-    return (sampling.height // PIXELS_PER_TOKEN) * (sampling.width // PIXELS_PER_TOKEN)

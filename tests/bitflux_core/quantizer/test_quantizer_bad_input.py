@@ -88,17 +88,16 @@ def test_a_place_in_the_model_itself_is_refused(settings, broken_dir, part):
 
 @pytest.mark.parametrize("name", ["transformer_blocks.0", "states", "walk"])
 def test_work_whose_contents_are_others_is_named(settings, lively_dir, tmp_path, name):
-    kept, work = {"other": torch.zeros(1)}, tmp_path / "twin.partial"
-    died = KeyboardInterrupt()
+    work = tmp_path / "twin.partial"
 
     def die(_name, _rows):
-        raise died
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantize(lively_dir, tmp_path / "twin", settings(), CPU, die)
     if name == "walk":
         (work / "states.safetensors").unlink()
-    save_file(kept, work / f"{name}.safetensors")
+    save_file({"other": torch.zeros(1)}, work / f"{name}.safetensors")
     with pytest.raises(UserError, match=f"{name}.safetensors holds something else .*remove it"):
         quantize(lively_dir, tmp_path / "twin", settings(), CPU, ignore)
     (work / f"{name}.safetensors").unlink()
